@@ -1,0 +1,138 @@
+"""Group-relative advantages (Qwen-Image report eq. 4), with several rewards and with images left unscored.
+
+Rewards come as one tensor (N, R): N images in groups of ``num_generations`` consecutive rows that share a prompt, R
+rewards, NaN where a reward gave no score. A missing score is never a number: it would move the group's mean and so
+bias every advantage of the group.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+ScaleRewards = Literal["group", "batch", "none"]
+Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
+
+#: Added to the standard deviation, as in the report and in every public implementation.
+EPSILON = 1e-4
+#: A group whose scores differ by less than this, plus a unit in their last place, is dead: rounding, not preference.
+DEAD_SPREAD, DEAD_ULPS = 1e-6, torch.finfo(torch.float32).eps
+#: The same for sums of group-normalised rewards, which are of order 1: opposed rewards cancel up to EPSILON's share.
+DEAD_NORMALIZED = 1e-3
+
+
+class GroupAdvantages(NamedTuple):
+    """Result of :func:`group_advantages`.
+
+    advantages: (N,), 0 for images without a score and in dead groups. live: (N,) bool, images that carry gradient.
+    rewards: (N,) the weighted sum of raw rewards, NaN where an image has none. dead_groups: share of groups, 0..1.
+    """
+
+    advantages: Tensor
+    live: Tensor
+    rewards: Tensor
+    dead_groups: float
+
+
+def _grouped(values: Tensor, num_generations: int) -> Tensor:
+    if num_generations < 2:
+        raise ValueError(f"num_generations must be at least 2 to compare images of one prompt, found {num_generations}")
+    if len(values) % num_generations:
+        raise ValueError(f"{len(values)} images do not make whole groups of num_generations={num_generations}")
+    # float64: the mean of large rewards, rounded to float32, would bias the whole group. Infinite is not a score.
+    values = values.double().masked_fill(~values.isfinite(), torch.nan)
+    return values.view(-1, num_generations, *values.shape[1:])
+
+
+def _centre(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores (P, G) less their group's mean, the group's sample std (P, 1), and which rows are live (P, G)."""
+    known = ~scores.isnan()
+    count = known.sum(1, keepdim=True)
+    centred = scores - scores.nansum(1, keepdim=True) / count.clamp(min=1)
+    std = (centred.nan_to_num() ** 2).sum(1, keepdim=True).div((count - 1).clamp(min=1)).sqrt()
+    largest = scores.masked_fill(~known, -torch.inf).amax(1, keepdim=True)
+    smallest = scores.masked_fill(~known, torch.inf).amin(1, keepdim=True)
+    rounding = DEAD_SPREAD + DEAD_ULPS * scores.nan_to_num().abs().amax(1, keepdim=True)
+    live = known & (count >= 2) & (largest - smallest > rounding)
+    return centred.masked_fill(~live, 0.0), std, live
+
+
+def combine_rewards(rewards: Tensor, weights: Tensor, num_generations: int) -> Tensor:
+    """(N, R) raw rewards to (N,) weighted sums, NaN where an image cannot be compared with its group.
+
+    A reward that scored no image of a group does not apply to that prompt (a word reward on a prompt without a word)
+    and is left out for the whole group. A reward that scored some but not all leaves the missing images unscored.
+    Rewards of weight 0 are only measured and never make an image unscored.
+    """
+    grouped = _grouped(rewards, num_generations)
+    weights = weights.to(grouped)
+    applies = (~grouped.isnan()).any(1, keepdim=True) & (weights != 0)
+    total = torch.where(applies, grouped * weights, 0.0).sum(-1)
+    return total.masked_fill(~applies.any(-1), torch.nan).flatten()
+
+
+def group_advantages(
+    rewards: Tensor,
+    num_generations: int,
+    weights: Tensor | None = None,
+    *,
+    scale_rewards: ScaleRewards = "group",
+    aggregation: Aggregation = "sum_then_normalize",
+    clip: float | None = None,
+) -> GroupAdvantages:
+    """A_i = (R_i - mean(R)) / (std(R) + 1e-4) over the images of one prompt (report eq. 4).
+
+    Args:
+        rewards: (N, R) or (N,), NaN for not scored, groups of ``num_generations`` consecutive rows.
+        weights: (R,), all 1 by default.
+        scale_rewards: divide by the sample standard deviation of the ``group`` (the report), of the whole ``batch``
+            (Flow-GRPO's ``global_std``), or by nothing (``none``, Dr. GRPO).
+        aggregation: ``sum_then_normalize`` takes the weighted sum of raw rewards; ``normalize_then_sum`` normalises
+            each reward within its group first and the weighted sum over the batch, so that no reward's scale drowns
+            another's (``scale_rewards`` is then not used). Names as in TRL.
+        clip: bound on ``|A|``.
+
+    A group whose scores are all equal, or with fewer than two scores, is dead: its advantages are exactly 0.
+    """
+    if rewards.dim() == 1:
+        rewards = rewards[:, None]
+    if weights is None:
+        weights = torch.ones(rewards.shape[1])
+    if len(weights) != rewards.shape[1]:
+        raise ValueError(f"{len(weights)} weights for {rewards.shape[1]} rewards")
+    if scale_rewards not in ("group", "batch", "none"):
+        raise ValueError(f"scale_rewards must be 'group', 'batch' or 'none', not {scale_rewards!r}")
+    total = combine_rewards(rewards, weights, num_generations)
+    if aggregation == "sum_then_normalize":
+        centred, std, live = _centre(_grouped(total, num_generations))
+        if scale_rewards == "batch":
+            std = _std(total[~total.isnan()])
+        advantages = centred if scale_rewards == "none" else centred / (std + EPSILON)
+    elif aggregation == "normalize_then_sum":
+        advantages, live = _normalize_then_sum(rewards, weights, _grouped(total, num_generations))
+    else:
+        raise ValueError(f"aggregation must be 'sum_then_normalize' or 'normalize_then_sum', not {aggregation!r}")
+    if clip is not None:
+        advantages = advantages.clamp(-clip, clip)
+    dead = 1.0 - live.any(1).float().mean().item()
+    return GroupAdvantages(advantages.float().flatten(), live.flatten(), total.float(), dead)
+
+
+def _std(values: Tensor) -> Tensor:
+    """Sample standard deviation, 0 for fewer than two values."""
+    return values.std() if values.numel() > 1 else values.new_zeros(())
+
+
+def _normalize_then_sum(rewards: Tensor, weights: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """(P, G) advantages and which are live: each reward normalised in its group, their weighted sum over the batch."""
+    scored = ~total.isnan()
+    advantages = torch.zeros_like(total)
+    for column, weight in zip(rewards.unbind(1), weights.tolist(), strict=True):
+        if weight:
+            # Only images that every reward scored are compared: each column is centred on the same rows.
+            centred, std, _ = _centre(_grouped(column, total.shape[1]).masked_fill(~scored, torch.nan))
+            advantages = advantages + weight * centred / (std + EPSILON)
+    live = scored & (advantages.abs().amax(1, keepdim=True) > DEAD_NORMALIZED)
+    advantages = advantages.masked_fill(~live, 0.0)
+    # Every column is centred in its group already, so that normalising over the batch is a division.
+    return advantages / (_std(advantages[scored]) + EPSILON), live
