@@ -1,0 +1,11 @@
+"""Rewards: any callable ``reward(images, prompts, **columns) -> list of float or None``.
+
+``images`` is a list of PIL images, ``prompts`` a list of str, ``columns`` the other columns of the data that the
+callable asks for by name, each a list of the same length. None (or NaN) means *not scored*, which is not the same
+as 0. The callable may be ``async``. This package never imports ``align``.
+"""
+
+from rewards.registry import BUILTINS, Reward, load_rewards
+from rewards.scoring import RewardError, score
+
+__all__ = ["BUILTINS", "Reward", "RewardError", "load_rewards", "score"]
