@@ -1,0 +1,28 @@
+"""Shared parts of the tests: the embedded model, its prompts, and short training runs on it."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
+
+import pytest
+import torch
+from datasets import Dataset
+
+from align.models.qwen_image import QwenImage
+from align.tiny import PROMPTS
+from preference_data.prompts import load_prompts
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def tiny() -> QwenImage:
+    """A fresh embedded model in float32."""
+    model = QwenImage.from_pretrained("tiny")
+    model.pipeline.set_progress_bar_config(disable=True)
+    return model
+
+
+@pytest.fixture(scope="session")
+def background_prompts() -> Dataset:
+    return load_prompts(str(PROMPTS / "background"), "train")
