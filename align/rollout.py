@@ -1,0 +1,192 @@
+"""Rollout: prompts to images, with a record of every stochastic step.
+
+Randomness belongs to the work, not to the machine: the noise of an image is keyed by what the image is (run seed,
+update, prompt, sample) and by the step, so one process and eight, or another chunk size, draw the same noise.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from align.flow import Reduction, SDEType, StochasticSampler, Transition, ode_step
+from align.models.base import FlowModel
+
+#: The step under which an image's initial noise is keyed.
+INITIAL = -1
+
+
+def seeded_noise(key: Sequence[int | str], shape: Sequence[int]) -> Tensor:
+    """Standard normal float32 of ``shape`` on the CPU, a function of ``key`` alone."""
+    digest = hashlib.blake2b(repr(tuple(key)).encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.randn(tuple(shape), generator=generator)
+
+
+@dataclass(frozen=True)
+class ImageKey:
+    """What an image is: the seed of its noise. ``noise_sample`` differs from ``sample`` where a group shares its start."""
+
+    seed: int
+    update: int | str
+    prompt: int
+    sample: int
+    noise_sample: int | None = None
+
+    def initial(self) -> tuple[int | str, ...]:
+        start = self.sample if self.noise_sample is None else self.noise_sample
+        return (self.seed, self.update, self.prompt, start, INITIAL)
+
+    def step(self, step: int) -> tuple[int | str, ...]:
+        return (self.seed, self.update, self.prompt, self.sample, step)
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How images are drawn.
+
+    Args:
+        height, width: pixels.
+        num_inference_steps: denoising steps.
+        guidance_scale: true classifier-free guidance; it acts only above 1 and then costs a second forward.
+        negative_prompt: what guidance steers away from.
+        sde_steps: indices of the steps that are stochastic, and so can be trained; the others are ODE steps.
+        noise_level, sde_type, log_prob_reduction: see :class:`align.flow.StochasticSampler`.
+        batch_size: images per forward.
+    """
+
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float = 1.0
+    negative_prompt: str = " "
+    sde_steps: tuple[int, ...] = ()
+    noise_level: float = 0.0
+    sde_type: SDEType = "sde"
+    log_prob_reduction: Reduction = "mean"
+    batch_size: int = 16
+
+    def sampler(self, sigmas: Tensor) -> StochasticSampler:
+        return StochasticSampler(self.noise_level, self.sde_type, float(sigmas[1]), self.log_prob_reduction)
+
+    @property
+    def forwards_per_velocity(self) -> int:
+        return 2 if self.guidance_scale > 1 else 1
+
+
+@dataclass
+class Rollout:
+    """N images and how they came to be.
+
+    latents: (N, tokens, channels) clean latents. images: N decoded images. steps: the stochastic steps' indices.
+    transitions: one record of N rows for each of ``steps``. sampler: the policy's noise schedule.
+    """
+
+    latents: Tensor
+    images: list[Image.Image]
+    steps: tuple[int, ...]
+    transitions: list[Transition]
+    sampler: StochasticSampler
+    forwards: int = field(default=0)
+
+
+Velocity = Callable[[Tensor, Tensor, list[Any]], Tensor]
+
+
+def velocity_fn(model: FlowModel, plan: SamplingPlan, transformer: nn.Module | None = None) -> Velocity:
+    """``velocity(latents, sigma, conditions)`` under ``plan``: sampling, replay and reference all call this."""
+    negative = model.encode_prompts([plan.negative_prompt])[0] if plan.guidance_scale > 1 else None
+
+    def velocity(latents: Tensor, sigma: Tensor, conditions: list[Any]) -> Tensor:
+        return model.velocity(
+            latents,
+            sigma,
+            conditions,
+            height=plan.height,
+            width=plan.width,
+            guidance_scale=plan.guidance_scale,
+            negative=negative,
+            transformer=transformer,
+        )
+
+    return velocity
+
+
+@torch.no_grad()
+def rollout(
+    model: FlowModel,
+    prompts: list[str],
+    keys: list[ImageKey],
+    plan: SamplingPlan,
+    *,
+    transformer: nn.Module | None = None,
+    initial_latents: Tensor | None = None,
+    show_progress: bool = False,
+) -> Rollout:
+    """Sample one image for each prompt and key.
+
+    Args:
+        prompts, keys: N of each; repeat a prompt to make a group.
+        transformer: the launcher's wrapper to run, ``model.transformer`` by default.
+        initial_latents: (N, tokens, channels) to start from, instead of noise drawn from the keys.
+        show_progress: a progress bar over the denoising steps.
+    """
+    sigmas = model.sigmas(plan.num_inference_steps, plan.height, plan.width).to(model.device)
+    conditions = model.encode_prompts(prompts)
+    velocity = velocity_fn(model, plan, transformer)
+    shape = model.latent_shape(plan.height, plan.width)
+    latents, images, records = [], [], []
+    chunks = [slice(i, i + plan.batch_size) for i in range(0, len(prompts), plan.batch_size)]
+    with tqdm(
+        total=len(chunks) * plan.num_inference_steps, desc="rollout", leave=False, disable=not show_progress
+    ) as bar:
+        for rows in chunks:
+            start = (
+                initial_latents[rows].float()
+                if initial_latents is not None
+                else torch.stack([seeded_noise(key.initial(), shape) for key in keys[rows]])
+            )
+            final, transitions = _denoise(
+                velocity, start.to(model.device), sigmas, conditions[rows], keys[rows], plan, bar.update
+            )
+            latents.append(final)
+            records.append(transitions)
+            images += model.decode_latents(final, plan.height, plan.width)
+    return Rollout(
+        latents=torch.cat(latents),
+        images=images,
+        steps=plan.sde_steps,
+        transitions=[Transition.cat(list(parts)) for parts in zip(*records, strict=True)],
+        sampler=plan.sampler(sigmas),
+        forwards=len(prompts) * plan.num_inference_steps * plan.forwards_per_velocity,
+    )
+
+
+def _denoise(
+    velocity: Velocity,
+    latents: Tensor,
+    sigmas: Tensor,
+    conditions: list[Any],
+    keys: list[ImageKey],
+    plan: SamplingPlan,
+    tick: Callable[[], Any],
+) -> tuple[Tensor, list[Transition]]:
+    """One chunk from noise to clean latents; an SDE step on ``plan.sde_steps``, an ODE step elsewhere."""
+    sampler, transitions = plan.sampler(sigmas), []
+    for step in range(plan.num_inference_steps):
+        sigma, sigma_next = sigmas[step].expand(len(latents)), sigmas[step + 1].expand(len(latents))
+        v = velocity(latents, sigma, conditions)
+        if step in plan.sde_steps and plan.noise_level > 0:
+            noise = torch.stack([seeded_noise(key.step(step), latents.shape[1:]) for key in keys])
+            record = sampler.transition(latents, v, sigma, sigma_next, noise=noise.to(latents.device))
+            transitions.append(record)
+            latents = record.next_latents
+        else:
+            latents = ode_step(latents, v, sigma, sigma_next)
+        tick()
+    return latents, transitions
