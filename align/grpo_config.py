@@ -1,0 +1,265 @@
+"""Settings of GRPO, named as in TRL and Flow-GRPO, and the sums that batch sizes must satisfy."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import get_args
+
+from datasets import Dataset
+
+from align.advantages import Aggregation, ScaleRewards
+from align.arguments import resolve_dataset
+from align.flow import Reduction, SDEType, StochasticSampler
+from align.rollout import SamplingPlan, seeded_noise
+from align.trainer import FlowConfig
+from preference_data.prompts import check_prompts, load_prompts
+from rewards import Reward
+
+
+def _field(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class GRPOConfig(FlowConfig):
+    """Arguments of :class:`align.grpo.GRPOTrainer`, over ``transformers.TrainingArguments``.
+
+    ``per_device_train_batch_size`` counts transitions: (image, trained step) pairs of one forward and backward.
+    """
+
+    # Sampling: the policy is the model together with its schedule.
+    height: int = _field(512, "Pixels.")
+    width: int = _field(512, "Pixels.")
+    num_inference_steps: int = _field(10, "Denoising steps of a rollout.")
+    guidance_scale: float = _field(
+        1.0, "True classifier-free guidance; acts above 1, then trained through, at twice the forwards."
+    )
+    negative_prompt: str = _field(" ", "What guidance steers away from.")
+    noise_level: float = _field(0.7, "Strength a of the SDE's noise.")
+    sde_type: SDEType = _field("sde", "sde (Flow-GRPO) or cps (coefficient-preserving, Flow-CPS).")
+    sde_window_size: int | None = _field(None, "How many steps are stochastic and trained. Default: all.")
+    sde_window_range: list[int] | None = _field(
+        None,
+        "[first, end): the window's start is drawn once per rollout so that it fits in here. Default: its start is step 0.",
+    )
+    shared_initial_noise: bool = _field(False, "All images of a group start from the same noise.")
+    rollout_batch_size: int = _field(16, "Images per forward while sampling.")
+
+    # Groups and passes.
+    num_generations: int = _field(16, "Images per prompt: the group.")
+    generation_batch_size: int = _field(128, "Images per rollout, over all processes.")
+    num_iterations: int = _field(1, "Passes over one rollout.")
+
+    # Objective.
+    epsilon: float = _field(1e-4, "Clip range below 1. Per latent dimension with log_prob_reduction: mean.")
+    epsilon_high: float | None = _field(None, "Clip range above 1. Default: epsilon.")
+    beta: float = _field(0.0, "Weight of the KL to the reference. 0 runs no reference.")
+    advantage_clip: float = _field(5.0, "Bound on the advantage.")
+    scale_rewards: ScaleRewards = _field("group", "Divide advantages by the std of the group, the batch, or none.")
+    multi_objective_aggregation: Aggregation = _field(
+        "sum_then_normalize", "Several rewards: sum raw, or normalize_then_sum within the group first."
+    )
+    log_prob_reduction: Reduction = _field(
+        "mean", "Over latent dimensions: mean (published clip ranges) or sum (the report)."
+    )
+    consistency_tolerance: float = _field(
+        0.1, "Largest |ratio - 1| of a replayed rollout, as a fraction of the clip range."
+    )
+    max_failed_fraction: float = _field(0.1, "Share of a rollout's images a reward may fail on before the run stops.")
+
+    # Held-out evaluation, by the ODE.
+    eval_num_inference_steps: int | None = _field(None, "Denoising steps. Default: as in the rollout.")
+    num_generations_eval: int = _field(1, "Images per held-out prompt.")
+    eval_seed: int = _field(1234, "Seed of the held-out images' noise.")
+    eval_rollout_batch_size: int | None = _field(None, "Images per forward. Default: as in the rollout.")
+    num_grid_prompts: int = _field(8, "Prompts on the sample grid.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, choices in (  # a config file's values pass the parser unchecked
+            ("sde_type", SDEType),
+            ("scale_rewards", ScaleRewards),
+            ("multi_objective_aggregation", Aggregation),
+            ("log_prob_reduction", Reduction),
+        ):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, found {getattr(self, name)!r}")
+        if self.epsilon_high is not None and self.epsilon_high <= 0:
+            raise ValueError(f"epsilon_high must be positive, found {self.epsilon_high}")
+        for name in ("epsilon", "noise_level", "consistency_tolerance", "advantage_clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
+        if self.beta < 0:
+            raise ValueError(f"beta must not be negative, found {self.beta}")
+        if not 0 <= self.max_failed_fraction <= 1:
+            raise ValueError(f"max_failed_fraction must lie in [0, 1], found {self.max_failed_fraction}")
+        for name in (
+            "num_inference_steps", "rollout_batch_size", "num_iterations", "num_generations_eval",
+            "generation_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps",
+            "eval_num_inference_steps", "eval_rollout_batch_size",
+        ):  # fmt: skip
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.num_generations < 2:
+            raise ValueError(
+                f"num_generations must be at least 2: images of one prompt are compared, found {self.num_generations}"
+            )
+        if self.generation_batch_size % self.num_generations:
+            near = max(1, round(self.generation_batch_size / self.num_generations)) * self.num_generations
+            raise ValueError(
+                f"generation_batch_size {self.generation_batch_size} must be a multiple of num_generations "
+                f"{self.num_generations}, for whole groups: the nearest is {near}"
+            )
+        self._check_window()
+        StochasticSampler(self.noise_level, self.sde_type, log_prob_reduction=self.log_prob_reduction)
+
+    def _trainable_steps(self) -> int:
+        """Steps that can be stochastic: the last step of cps has no noise."""
+        return self.num_inference_steps - (1 if self.sde_type == "cps" else 0)
+
+    def _check_window(self) -> None:
+        trainable, steps = self._trainable_steps(), f"{self.num_inference_steps} steps"
+        if self.sde_type == "cps":
+            steps += ", the last of cps having no noise"
+        if self.sde_window_range is None and not 1 <= self.window_size <= trainable:
+            raise ValueError(f"sde_window_size {self.window_size} must lie within [1, {trainable}]: {steps}")
+        first, end = self._window_range()
+        if not 0 <= first < end <= trainable:
+            raise ValueError(f"sde_window_range {[first, end]} must lie within [0, {trainable}]: {steps}")
+        if not 1 <= self.window_size <= end - first:
+            raise ValueError(
+                f"sde_window_size {self.window_size} must be between 1 and the {end - first} steps of sde_window_range"
+            )
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """How far the ratio may go below and above 1."""
+        return self.epsilon, self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def window_size(self) -> int:
+        """How many steps are stochastic and trained."""
+        if self.sde_window_size is not None:
+            return self.sde_window_size
+        if self.sde_window_range is not None:
+            first, end = self._window_range()
+            return end - first
+        return self._trainable_steps()
+
+    def _window_range(self) -> tuple[int, int]:
+        if self.sde_window_range is None:
+            return 0, self.window_size
+        if len(self.sde_window_range) != 2:
+            raise ValueError(f"sde_window_range must be two numbers, [first, end), found {self.sde_window_range}")
+        return self.sde_window_range[0], self.sde_window_range[1]
+
+    def sde_steps(self, update: int) -> tuple[int, ...]:
+        """The stochastic steps of a rollout: one draw for all images and processes, or groups would not compare."""
+        first, end = self._window_range()
+        starts = end - first - self.window_size + 1
+        scores = seeded_noise((self.seed, update, "sde_window"), (starts,))
+        start = first + int(scores.argmax())
+        return tuple(range(start, start + self.window_size))
+
+    def plan(self, update: int) -> SamplingPlan:
+        """How the rollout of ``update`` is sampled."""
+        return SamplingPlan(
+            height=self.height,
+            width=self.width,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
+            sde_steps=self.sde_steps(update),
+            noise_level=self.noise_level,
+            sde_type=self.sde_type,
+            log_prob_reduction=self.log_prob_reduction,
+            batch_size=self.rollout_batch_size,
+        )
+
+    def eval_plan(self) -> SamplingPlan:
+        """How held-out images are sampled: the plain ODE."""
+        return SamplingPlan(
+            height=self.height,
+            width=self.width,
+            num_inference_steps=self.eval_num_inference_steps or self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
+            batch_size=self.eval_rollout_batch_size or self.rollout_batch_size,
+        )
+
+    # -- how a rollout becomes optimizer updates --------------------------------------------------------------------
+
+    def micro_batches_per_pass(self, world_size: int) -> int:
+        """Micro-batches that one pass over a rollout makes on each process."""
+        transitions = self.generation_batch_size // world_size * self.window_size
+        return transitions // self.per_device_train_batch_size
+
+    def micro_batches_per_rollout(self, world_size: int) -> int:
+        return self.micro_batches_per_pass(world_size) * self.num_iterations
+
+    def check_world(self, world_size: int) -> None:
+        """Raise ValueError when a rollout cannot be dealt evenly over ``world_size`` processes and their updates."""
+        if self.generation_batch_size % world_size:
+            raise ValueError(
+                f"generation_batch_size {self.generation_batch_size} must be a multiple of the {world_size} processes"
+            )
+        images = self.generation_batch_size // world_size
+        transitions = images * self.window_size
+        per_update = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if transitions % per_update:
+            raise ValueError(
+                f"a rollout is {images} images x {self.window_size} trained steps = {transitions} transitions on each "
+                f"process, which per_device_train_batch_size {self.per_device_train_batch_size} x "
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps} = {per_update} does not divide: "
+                f"one update per rollout would be {transitions} = batch size x accumulation"
+            )
+
+
+def check_data(
+    rewards: list[Reward], args: GRPOConfig, train: Dataset, evaluation: Dataset | None, guards: dict[str, Dataset]
+) -> None:
+    """Raise ValueError when prompts, columns or sizes cannot work, before anything is loaded."""
+    for dataset in (train, *([evaluation] if evaluation is not None else []), *guards.values()):
+        check_prompts(dataset)
+        for reward in rewards:
+            reward.check_columns(dataset.column_names)
+    wanted = args.generation_batch_size // args.num_generations
+    if len(train) < wanted:
+        raise ValueError(
+            f"a rollout takes {wanted} prompts (generation_batch_size {args.generation_batch_size} / num_generations "
+            f"{args.num_generations}) and the data holds {len(train)}"
+        )
+    if not any(reward.weight for reward in rewards):
+        raise ValueError("every reward has weight 0: nothing would be trained on")
+    if evaluation is None and (args.eval_strategy != "no" or args.eval_on_start):
+        raise ValueError(
+            "eval_strategy is set and there is no eval_dataset: give --eval_dataset_name, or eval_strategy: no"
+        )
+
+
+@dataclass
+class DataArguments:
+    """Prompts and rewards."""
+
+    dataset_name: str = field(
+        metadata={"help": "Prompts: a file, a folder with train.jsonl, a hub name, or tiny/NAME."}
+    )
+    rewards: list[str] = field(metadata={"help": "Built-in names, module:attr or file.py:attr; mappings in a config."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out prompts; default: none."})
+    eval_split: str = field(default="test", metadata={"help": "Split of the held-out prompts and the guards."})
+    guard_dataset_names: list[str] | None = field(
+        default=None, metadata={"help": "Further held-out prompts to watch for damage, logged as eval_NAME_..."}
+    )
+
+    def load(self) -> tuple[Dataset, Dataset | None, dict[str, Dataset]]:
+        """The training, the held-out and the guard prompts."""
+        train = load_prompts(resolve_dataset(self.dataset_name), self.dataset_split)
+        held_out = None
+        if self.eval_dataset_name:
+            held_out = load_prompts(resolve_dataset(self.eval_dataset_name), self.eval_split)
+        guards: dict[str, Dataset] = {}
+        for name in self.guard_dataset_names or []:
+            if Path(name).stem in guards:
+                raise ValueError(f"two guard data sets are both called {Path(name).stem!r}: rename one of them")
+            guards[Path(name).stem] = load_prompts(resolve_dataset(name), self.eval_split)
+        return train, held_out, guards

@@ -1,0 +1,176 @@
+"""What a run leaves to look at: sample grids, the reward curve, a table, and a model card."""
+
+import json
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from align.models.loading import EMBEDDED
+
+_CAPTION, _GAP = 16, 4
+
+
+def image_grid(rows: Sequence[Sequence[Image.Image]], captions: Sequence[str], tile: int = 128) -> Image.Image:
+    """One row of images under each caption; ``tile`` is the side of a cell in pixels."""
+    columns = max(len(row) for row in rows)
+    size = (columns * (tile + _GAP) + _GAP, len(rows) * (tile + _CAPTION + _GAP) + _GAP)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for r, (row, caption) in enumerate(zip(rows, captions, strict=True)):
+        top = _GAP + r * (tile + _CAPTION + _GAP)
+        room = max(8, size[0] // 6)  # the default font is about six pixels a letter
+        draw.text((_GAP, top), textwrap.shorten(caption, room, placeholder="..."), fill="black")
+        for c, image in enumerate(row):
+            shown = image.convert("RGB").resize(
+                (tile, tile), Image.Resampling.NEAREST if image.width < tile else Image.Resampling.LANCZOS
+            )
+            canvas.paste(shown, (_GAP + c * (tile + _GAP), top + _CAPTION))
+    return canvas
+
+
+def save_grid(images: Sequence[tuple[str, Sequence[Image.Image]]], folder: Path, step: int) -> None:
+    """``samples/step-N.png`` of a run folder, from (prompt, its images)."""
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    grid = image_grid([row for _, row in images], [prompt for prompt, _ in images])
+    grid.save(folder / "samples" / f"step-{step:06d}.png")
+
+
+def side_by_side(before: Path, after: Path, target: Path) -> None:
+    """``target``: the two grids next to each other under the words before and after."""
+    grids = [Image.open(path).convert("RGB") for path in (before, after)]
+    width = sum(g.width for g in grids) + 3 * _GAP
+    canvas = Image.new("RGB", (width, max(g.height for g in grids) + _CAPTION), "white")
+    draw, left = ImageDraw.Draw(canvas), _GAP
+    for grid, title in zip(grids, ("before", "after"), strict=True):
+        draw.text((left, 2), title, fill="black")
+        canvas.paste(grid, (left, _CAPTION))
+        left += grid.width + _GAP
+    canvas.save(target)
+
+
+def series(log_history: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of ``key`` in a ``trainer_state.json`` log."""
+    points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+    return [s for s, _ in points], [v for _, v in points]
+
+
+def reward_curve(log_history: list[dict[str, Any]], target: Path) -> None:
+    """PNG of the training reward and of every held-out reward with its standard error."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    steps, values = series(log_history, "reward")
+    if steps:
+        axes.plot(steps, values, color="0.7", label="training reward")
+    keys = sorted({k for entry in log_history for k in entry if k.startswith("eval_") and f"{k}_se" in entry})
+    for key in keys:
+        steps, values = series(log_history, key)
+        errors = series(log_history, f"{key}_se")[1]
+        width = 2.5 if key == "eval_reward" else 1.2
+        axes.errorbar(
+            steps, values, yerr=errors, marker="o", linewidth=width, capsize=2, label=key.removeprefix("eval_")
+        )
+    axes.set(xlabel="optimizer update", ylabel="reward (held out: mean and standard error)")
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
+    figure.savefig(target, dpi=120)
+    plt.close(figure)
+
+
+def held_out_changes(log_history: list[dict[str, Any]]) -> list[tuple[str, float, float, float, float]]:
+    """(name, before, its standard error, after, its standard error) for every held-out reward of a run.
+
+    Before is NaN when the run was not evaluated before its first update.
+    """
+    keys = dict.fromkeys(k for entry in log_history for k in entry if k.startswith("eval_") and f"{k}_se" in entry)
+    rows = []
+    for key in keys:
+        (steps, values), errors = series(log_history, key), series(log_history, f"{key}_se")[1]
+        before = (values[0], errors[0]) if steps[0] == 0 else (math.nan, math.nan)
+        rows.append((key.removeprefix("eval_"), *before, values[-1], errors[-1]))
+    return rows
+
+
+def changes_table(log_history: list[dict[str, Any]]) -> str:
+    """Markdown table of :func:`held_out_changes`."""
+    lines = ["| held-out measure | before | after | change |", "|---|---|---|---|"]
+    for name, before, before_se, after, after_se in held_out_changes(log_history):
+        start, change = (f"{before:.3f} ± {before_se:.3f}", f"{after - before:+.3f}")
+        if math.isnan(before):
+            start, change = "not measured", ""
+        lines.append(f"| {name} | {start} | {after:.3f} ± {after_se:.3f} | {change} |")
+    return "\n".join(lines)
+
+
+def changed_settings(*settings: Any) -> dict[str, Any]:
+    """The fields of these dataclasses that differ from their defaults, secrets left out."""
+    changed = {}
+    for part in settings:
+        for spec in fields(part):
+            default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
+            value = getattr(part, spec.name)
+            value = value.value if isinstance(value, Enum) else value
+            unset = not value and default in (None, False, "none", "")  # transformers fills these in as it likes
+            plain = isinstance(value, (str, int, float, list, dict, type(None)))
+            if plain and not unset and value != default and "token" not in spec.name:
+                changed[spec.name] = value
+    return changed
+
+
+def write_run_folder(folder: Path, log_history: list[dict[str, Any]], **card: Any) -> None:
+    """The pictures and the model card of a finished run; ``card`` is what :func:`model_card` takes besides."""
+    reward_curve(log_history, folder / "reward_curve.png")
+    pictures = ["reward_curve.png"]
+    grids = sorted((folder / "samples").glob("step-*.png"))
+    if len(grids) > 1:
+        side_by_side(grids[0], grids[-1], folder / "before_after.png")
+        pictures.append("before_after.png")
+    text = model_card(title=folder.resolve().name, log_history=log_history, pictures=pictures, **card)
+    (folder / "README.md").write_text(text)
+
+
+def model_card(
+    *,
+    title: str,
+    base_model: str,
+    lora: bool,
+    data: str,
+    rewards: list[str],
+    settings: dict[str, Any],
+    log_history: list[dict[str, Any]],
+    pictures: Sequence[str] = (),
+) -> str:
+    """README.md of a run folder: what it is, how to load it, what it was made from, what changed."""
+    imports = [
+        "import torch",
+        f"from diffusers import QwenImagePipeline{'' if lora else ', QwenImageTransformer2DModel'}",
+    ]
+    base, front = repr(base_model), f"base_model: {json.dumps(base_model)}\n"
+    if base_model in EMBEDDED:  # not a name that diffusers knows
+        imports.append("from align.tiny import CHECKPOINT")
+        base, front = "CHECKPOINT", ""
+    part = 'QwenImageTransformer2DModel.from_pretrained("THIS_FOLDER", subfolder="transformer", dtype=torch.bfloat16)'
+    loading = 'pipe.load_lora_weights("THIS_FOLDER")' if lora else f"pipe.transformer = {part}"
+    code = "\n".join([*imports, "", f"pipe = QwenImagePipeline.from_pretrained({base}, dtype=torch.bfloat16)", loading])
+    tags = "".join(f"- {tag}\n" for tag in ["text-to-image", "flow-align", "grpo", *(["lora"] if lora else [])])
+    sections = [
+        f"---\nlibrary_name: diffusers\n{front}tags:\n{tags}---",
+        f"# {title}",
+        f"Trained with flow-align (GRPO) from `{base_model}`.",
+        f"```python\n{code}\n```",
+        f"## Result\n\n{changes_table(log_history)}",
+        *(f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures),
+        f"## Data and rewards\n\nPrompts: {data}. Rewards: {', '.join(rewards)}.",
+        f"## Settings that differ from the defaults\n\n```json\n{json.dumps(settings, indent=2, default=str)}\n```",
+    ]
+    return "\n\n".join(sections) + "\n"

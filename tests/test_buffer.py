@@ -1,0 +1,211 @@
+"""The transitions of one rollout, dealt out in micro-batches."""
+
+from collections import Counter
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from align.buffer import MicroBatch, TransitionBuffer
+from align.flow import StochasticSampler
+from align.rollout import Rollout
+
+torch.set_num_threads(1)
+
+IMAGES, STEPS = 6, (0, 2, 3)
+SIGMAS = {0: (1.0, 0.9), 2: (0.7, 0.5), 3: (0.5, 0.2)}
+TOTAL = IMAGES * len(STEPS)
+SAMPLER = StochasticSampler(0.7, sigma_max=0.9)
+#: Images that carry gradient; the others belong to dead groups.
+SOME = (True, False, True, True, False, True)
+
+
+def buffer(live=SOME, micro_batches=3, seed=(5, 2, 0), keep_one=False, sampler=SAMPLER) -> TransitionBuffer:
+    """A rollout of random latents; each row can be told by its first entry, position of the step * 10 + image."""
+    generator = torch.Generator().manual_seed(1)
+    transitions = []
+    for position, step in enumerate(STEPS):
+        latents, velocity, noise = torch.randn(3, IMAGES, 4, 2, generator=generator)
+        latents[:, 0, 0] = position * 10.0 + torch.arange(IMAGES)
+        sigma, sigma_next = (torch.full((IMAGES,), value) for value in SIGMAS[step])
+        transitions.append(sampler.transition(latents, velocity, sigma, sigma_next, noise=noise))
+    rollout = Rollout(torch.zeros(IMAGES, 4, 2), [], STEPS, transitions, sampler)
+    return TransitionBuffer.of_rollout(
+        rollout,
+        [f"prompt {image}" for image in range(IMAGES)],
+        torch.arange(IMAGES) - 2.5,
+        torch.tensor(live),
+        update=7,
+        micro_batches=micro_batches,
+        seed=seed,
+        keep_one=keep_one,
+    )
+
+
+def rows(batch: MicroBatch) -> list[int]:
+    """Which rows a micro-batch holds, by their latents."""
+    return [int(value) for value in batch.transition.latents[:, 0, 0]]
+
+
+def dealt(source: TransitionBuffer, number: int) -> list[list[int]]:
+    """The rows of every micro-batch of pass ``number``."""
+    return [rows(source.micro_batch(number * source.micro_batches + part)) for part in range(source.micro_batches)]
+
+
+def live_rows(live) -> list[int]:
+    return [position * 10 + image for position in range(len(STEPS)) for image in range(IMAGES) if live[image]]
+
+
+def same(a: MicroBatch, b: MicroBatch) -> bool:
+    tensors = all(torch.equal(getattr(a.transition, name), value) for name, value in vars(b.transition).items())
+    rest = torch.equal(a.advantages, b.advantages) and torch.equal(a.weights, b.weights)
+    others = ("prompts", "sampler", "update", "nominal_size")
+    return (
+        tensors
+        and rest
+        and torch.equal(a.step_positions, b.step_positions)
+        and all(getattr(a, name) == getattr(b, name) for name in others)
+    )
+
+
+PATTERNS = [SOME, (True,) * 6, (False,) * 6, (True, *(False,) * 5), (False, False, False, False, True, True)]
+
+
+# --- Dealing ---
+
+
+@pytest.mark.parametrize("live", PATTERNS)
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 6, 18])
+def test_a_pass_deals_every_live_row_once_and_no_dead_one(live, micro_batches):
+    source = buffer(live, micro_batches)
+    for number in range(3):
+        parts = dealt(source, number)
+        assert Counter(row for part in parts for row in part) == Counter(live_rows(live))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_every_row_keeps_its_prompt_advantage_and_step():
+    source = buffer(micro_batches=4)
+    for part in range(4):
+        batch = source.micro_batch(part)
+        steps, images = zip(*(divmod(row, 10) for row in rows(batch)), strict=True)
+        assert batch.prompts == [f"prompt {image}" for image in images]
+        assert batch.advantages.tolist() == [image - 2.5 for image in images]
+        assert batch.step_positions.tolist() == list(steps)
+        sigmas = [SIGMAS[STEPS[step]] for step in steps]
+        pairs = torch.stack([batch.transition.sigma, batch.transition.sigma_next], 1)
+        assert torch.equal(pairs, torch.tensor(sigmas))
+        assert len(batch) == len(images) and (batch.update, batch.sampler) == (7, SAMPLER)
+
+
+def test_a_dealt_row_carries_the_log_probability_of_the_noise_that_drew_it():
+    source = buffer(live=(True,) * 6, micro_batches=1)
+    drawn = source.micro_batch(0).transition
+    noise = (drawn.next_latents - drawn.mean) / drawn.std
+    expected = (-(noise**2) / 2 - drawn.std.log() - 0.5 * torch.log(torch.tensor(2 * torch.pi))).flatten(1).mean(1)
+    torch.testing.assert_close(drawn.log_prob, expected)
+
+
+def test_steps_are_mixed_within_a_micro_batch():
+    source = buffer(live=(True,) * 6, micro_batches=2)
+    assert all(len(set(source.micro_batch(part).step_positions.tolist())) == len(STEPS) for part in range(2))
+
+
+def test_each_pass_has_another_order():
+    source = buffer(live=(True,) * 6)
+    orders = [tuple(row for part in dealt(source, number) for row in part) for number in range(4)]
+    assert len(set(orders)) == 4 and orders[0] != tuple(sorted(orders[0]))
+
+
+def test_the_order_is_a_function_of_the_seed():
+    first = dealt(buffer(), 1)
+    torch.manual_seed(99)
+    assert dealt(buffer(), 1) == first
+    assert all(dealt(buffer(seed=seed), 1) != first for seed in ((6, 2, 0), (5, 3, 0), (5, 2, 1)))
+
+
+def test_a_micro_batch_can_be_asked_for_again_and_in_any_order():
+    source = buffer()
+    forwards = [source.micro_batch(part) for part in range(6)]
+    backwards = [source.micro_batch(part) for part in reversed(range(6))][::-1]
+    assert all(same(a, b) for a, b in zip(forwards, backwards, strict=True))
+
+
+# --- Dead rows ---
+
+
+@pytest.mark.parametrize("live", PATTERNS)
+@pytest.mark.parametrize("micro_batches", [1, 3, 6, 18])
+@pytest.mark.parametrize("keep_one", [False, True])
+def test_nominal_sizes_and_weights_add_up(live, micro_batches, keep_one):
+    source = buffer(live, micro_batches, keep_one=keep_one)
+    parts = [source.micro_batch(part) for part in range(micro_batches)]
+    assert sum(part.nominal_size for part in parts) == pytest.approx(TOTAL)
+    assert sum(part.weights.sum().item() for part in parts) == len(live_rows(live))
+    assert all(len(part.weights) == len(part) for part in parts)
+
+
+def test_more_parts_than_live_rows_leave_parts_empty():
+    live = (True, *(False,) * 5)
+    parts = [buffer(live, micro_batches=6).micro_batch(part) for part in range(6)]
+    assert sorted(map(len, parts)) == [0, 0, 0, 1, 1, 1]
+    empty = next(part for part in parts if not len(part))
+    assert empty.prompts == [] and empty.transition.latents.shape == (0, 4, 2) and empty.nominal_size == 3
+
+
+@pytest.mark.parametrize("live", [(False,) * 6, (True, *(False,) * 5)])
+def test_keep_one_fills_an_empty_part_with_a_row_of_weight_nothing(live):
+    parts = [buffer(live, micro_batches=6, keep_one=True).micro_batch(part) for part in range(6)]
+    bare = [buffer(live, micro_batches=6).micro_batch(part) for part in range(6)]
+    for filled, empty in zip(parts, bare, strict=True):
+        if len(empty):
+            assert same(filled, empty) and filled.weights.tolist() == [1.0] * len(empty)
+        else:
+            assert len(filled) == 1 and filled.weights.tolist() == [0.0]
+            assert filled.transition.log_prob.isfinite().all() and filled.prompts == ["prompt 0"]
+
+
+def test_in_order_gives_every_row_once_live_or_not():
+    batches = list(buffer(live=(False,) * 6).in_order(4))
+    assert [len(batch) for batch in batches] == [4, 4, 4, 4, 2]
+    assert [row for batch in batches for row in rows(batch)] == live_rows((True,) * 6)
+    assert all(batch.weights.tolist() == [1.0] * len(batch) and batch.nominal_size == len(batch) for batch in batches)
+
+
+# --- In a checkpoint ---
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [SAMPLER, StochasticSampler(0.5, "cps", 0.9), StochasticSampler(1.2, sigma_max=0.87, log_prob_reduction="sum")],
+)
+@pytest.mark.parametrize("keep_one", [False, True])
+def test_saving_and_loading_goes_on_identically(tmp_path, sampler, keep_one):
+    source = buffer(keep_one=keep_one, sampler=sampler, micro_batches=4)
+    source.save(tmp_path / "rollout.safetensors")
+    loaded = TransitionBuffer.load(tmp_path / "rollout.safetensors", torch.device("cpu"))
+    for name, value in vars(source.transitions).items():
+        stored = getattr(loaded.transitions, name)
+        assert stored.dtype == value.dtype and torch.equal(stored, value), name
+    assert torch.equal(loaded.advantages, source.advantages) and torch.equal(loaded.live, source.live)
+    assert loaded.live.dtype == torch.bool
+    for name in ("prompts", "steps", "sampler", "update", "micro_batches", "seed", "keep_one"):
+        assert getattr(loaded, name) == getattr(source, name), name
+        assert type(getattr(loaded, name)) is type(getattr(source, name)), name
+    assert all(same(loaded.micro_batch(part), source.micro_batch(part)) for part in range(12))
+    assert all(same(a, b) for a, b in zip(loaded.in_order(5), source.in_order(5), strict=True))
+
+
+def test_what_is_saved_is_safetensors_of_plain_data(tmp_path):
+    buffer().save(tmp_path / "rollout.safetensors")
+    with safe_open(tmp_path / "rollout.safetensors", framework="pt") as stored:
+        assert {"latents", "next_latents", "log_prob", "advantages", "live"} <= set(stored.keys())
+        assert "prompt 0" in stored.metadata()["rollout"]
+
+
+def test_a_missing_file_says_how_to_resume(tmp_path):
+    file = tmp_path / "rollout-0-of-2.safetensors"
+    with pytest.raises(FileNotFoundError) as caught:
+        TransitionBuffer.load(file, torch.device("cpu"))
+    assert str(file) in str(caught.value) and "another number of processes" in str(caught.value)
+    assert "Resume with that number, or from a checkpoint between two rollouts" in str(caught.value)

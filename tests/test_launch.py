@@ -1,0 +1,161 @@
+"""Runs as a user starts them: real processes, from a folder outside the checkout."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+CONFIG = ["--config", str(ROOT / "configs/tiny/grpo.yaml")]
+SHORT = [
+    *("--eval_strategy", "no", "--eval_on_start", "false", "--num_generations", "4", "--generation_batch_size", "8"),
+    *("--per_device_train_batch_size", "8", "--num_inference_steps", "4", "--disable_tqdm", "true"),
+]
+REWARD = """
+from PIL import ImageStat
+
+def score(images, prompts, spec):
+    assert all(s["kind"] == "count" for s in spec)
+    return [ImageStat.Stat(image).mean[0] / 255 for image in images]
+"""
+
+
+@pytest.fixture
+def outside(tmp_path):
+    (tmp_path / "my_reward.py").write_text(REWARD)
+    return tmp_path
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [str(word) for word in words], cwd=folder, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def run(folder: Path, *words: str) -> str:
+    process = start(folder, *words)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [BIN / "accelerate", "launch", "--num_processes", "1", ROOT / "align/grpo.py"],
+        [BIN / "accelerate", "launch", "--num_processes", "1", "-m", "align.grpo"],
+    ],
+    ids=["by-path", "by-module"],
+)
+def test_custom_reward_from_a_folder_outside_the_checkout(outside, command):
+    output = run(
+        outside,
+        *command,
+        *CONFIG,
+        *SHORT,
+        "--rewards",
+        "./my_reward.py:score",
+        "--max_steps",
+        "2",
+        "--output_dir",
+        "out",
+    )
+    state = json.loads((outside / "out/trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "rewards/score/mean" in entry] == [1, 2]
+    assert "| score |" in output
+    script = (
+        "import torch\nfrom diffusers import QwenImagePipeline\nfrom align.tiny import CHECKPOINT\n"
+        "pipe = QwenImagePipeline.from_pretrained(CHECKPOINT, dtype=torch.float32)\npipe.load_lora_weights('out')\n"
+        "print(pipe.get_active_adapters(), pipe('a circle', height=64, width=64, num_inference_steps=2).images[0].size)"
+    )
+    assert "['default_0'] (64, 64)" in run(outside, sys.executable, "-c", script)
+
+
+def wait_for_update(process: subprocess.Popen, count: int) -> str:
+    """Read the log until ``count`` updates were logged; returns what was read."""
+    read = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        read.append(line)
+        if sum("'loss'" in seen for seen in read) >= count:
+            return "".join(read)
+    raise AssertionError("".join(read)[-3000:])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_that_resumes_to_the_same_result(outside, number):
+    command = [
+        sys.executable,
+        ROOT / "align/grpo.py",
+        *CONFIG,
+        *SHORT,
+        "--rewards",
+        "./my_reward.py:score",
+        "--max_steps",
+        "6",
+    ]
+    run(outside, *command, "--output_dir", "whole")
+    process = start(outside, *command, "--output_dir", "cut")
+    wait_for_update(process, 2)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert f"{number.name}: finishing this update" in output
+    assert "--resume_from_checkpoint cut/checkpoint-" in output
+    done = int(output.rpartition("checkpoint-")[2].split()[0])
+    assert 2 <= done < 6
+    run(outside, *command, "--output_dir", "cut", "--resume_from_checkpoint", "true")
+    one, other = (load_file(outside / name / "pytorch_lora_weights.safetensors") for name in ("whole", "cut"))
+    assert all((one[key] == other[key]).all() for key in one)
+
+
+def test_a_finished_run_is_not_overwritten_unasked(outside):
+    common = [
+        sys.executable,
+        ROOT / "align/grpo.py",
+        *CONFIG,
+        *SHORT,
+        "--rewards",
+        "./my_reward.py:score",
+        "--max_steps",
+        "1",
+    ]
+    run(outside, *common, "--output_dir", "out", "--save_strategy", "steps", "--save_steps", "1")
+    process = start(outside, *common, "--output_dir", "out", "--overwrite_output_dir", "false")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "error: out holds checkpoint-1 of an earlier run: pass --resume_from_checkpoint true" in output
+    assert "Traceback" not in output
+
+
+def test_two_processes_make_the_images_and_the_update_of_one(outside):
+    words = [ROOT / "align/grpo.py", *CONFIG, *SHORT, "--rewards", "./my_reward.py:score", "--max_steps", "2"]
+    words += ["--optim", "sgd", "--learning_rate", "1"]  # Adam's first steps amplify rounding to the learning rate
+    run(outside, sys.executable, *words, "--output_dir", "one")
+    launch = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2"]
+    run(
+        outside, *launch, *words, "--output_dir", "two", "--per_device_train_batch_size", "4",
+        "--use_cpu", "true", "--ddp_backend", "gloo",
+    )  # fmt: skip
+    logs = [json.loads((outside / name / "trainer_state.json").read_text())["log_history"] for name in ("one", "two")]
+    for key in ("reward", "reward_std", "loss", "grad_norm", "forward_equivalents"):
+        one, two = ([entry[key] for entry in log if key in entry] for log in logs)
+        assert one == pytest.approx(two, rel=1e-2, abs=1e-6), key  # images are rounded to bytes before they are scored
+    one, two = (load_file(outside / name / "pytorch_lora_weights.safetensors") for name in ("one", "two"))
+    assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-4  # the learning rate is 3e-3
+
+
+def test_a_wrong_word_is_answered_with_a_sentence(outside):
+    process = start(outside, sys.executable, ROOT / "align/grpo.py", *CONFIG, "--rewards", "warm_backgroud")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "error: unknown reward 'warm_backgroud'. Did you mean 'warm_background'?" in output
+    assert "Traceback" not in output and "Loading pipeline" not in output
