@@ -1,6 +1,7 @@
 """What the command lines of the trainers share: model and data arguments, and parsing that helps."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from align.models.loading import check_resolution, nearest, resolve_folder
 from align.tiny import PROMPTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+logger = logging.getLogger(__name__)
 #: LoRA settings that mean nothing in a full fine-tune.
 _LORA_FIELDS = ("adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
@@ -53,6 +55,11 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is unknown." + nearest(self.dtype, set(DTYPES)))
+        if not self.use_peft and self.dtype != "float32":
+            raise ValueError(
+                f"a full fine-tune of weights in {self.dtype} loses most of its updates to rounding: use dtype: float32, "
+                "and bf16: true for the arithmetic"
+            )
         if not self.use_peft:
             given = [name for name in _LORA_FIELDS if getattr(self, name) is not None]
             if given:
@@ -64,11 +71,9 @@ class ModelArguments:
         if self.adapter is not None:
             if not (Path(self.adapter) / LORA_FILE).is_file():
                 raise FileNotFoundError(f"adapter folder {self.adapter} has no {LORA_FILE}")
-            clash = [name for name in _LORA_FIELDS[1:] if getattr(self, name) is not None]
-            if clash:
-                raise ValueError(
-                    f"{clash[0]!r} is set by the adapter {self.adapter}: leave it out, or start a fresh adapter"
-                )
+            for name in _LORA_FIELDS[1:]:
+                if getattr(self, name) is not None:
+                    logger.warning("%s is ignored: the adapter %s says its own", name, self.adapter)
 
     def check(self, height: int, width: int) -> None:
         """Everything that can be known wrong before weights are read."""

@@ -1,7 +1,6 @@
 """The transitions of one rollout, dealt out in micro-batches."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,107 +10,86 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from align.flow import StochasticSampler, Transition
-from align.rollout import Rollout, seeded_noise
+from align.rollout import seeded_noise
 
 
 @dataclass
 class MicroBatch:
     """Some transitions of a rollout, steps mixed.
 
-    prompts: one per row. advantages, weights: (rows,); a weight is 0 for a row that only keeps processes in step.
-    step_positions: (rows,) index into the rollout's stochastic steps. nominal_size: rows there would be, dead ones
-    included, by which the loss is divided.
+    images: which of the rollout's images on this process each row belongs to. advantages, weights: (rows,); a weight is
+    0 for a row that only keeps processes in step. step_positions: (rows,) index into the rollout's stochastic steps.
+    nominal_size: rows there would be, dead ones included, by which the loss is divided.
     """
 
     transition: Transition
-    prompts: list[str]
+    images: list[int]
     advantages: Tensor
     weights: Tensor
     step_positions: Tensor
-    sampler: StochasticSampler
-    update: int
     nominal_size: float
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.images)
 
 
 @dataclass
 class TransitionBuffer:
-    """All transitions of a rollout on one process: K steps of N images, as K * N rows, step by step.
+    """The transitions of a rollout on one process: K steps of its N images, as K * N rows, step by step.
 
-    live: (N,) images that carry gradient. update: number of the rollout. micro_batches: parts of one pass over it.
-    seed: of the order in which rows are dealt. keep_one: never deal an empty part (processes must stay in step).
+    prompts, advantages: of those N images. live: (all images of all processes,) which carry gradient. first: place of
+    this process's first image among them. update: number of the rollout. micro_batches: parts of one pass over it.
+    seed: of the order in which all processes' rows are dealt. keep_one: never deal an empty part (processes must stay
+    in step).
     """
 
     transitions: Transition
     prompts: list[str]
     advantages: Tensor
     live: Tensor
+    first: int
     steps: tuple[int, ...]
     sampler: StochasticSampler
     update: int
     micro_batches: int
-    seed: tuple[int, ...]
+    seed: int
     keep_one: bool
 
-    @classmethod
-    def of_rollout(
-        cls,
-        result: Rollout,
-        prompts: list[str],
-        advantages: Tensor,
-        live: Tensor,
-        *,
-        update: int,
-        micro_batches: int,
-        seed: tuple[int, ...],
-        keep_one: bool,
-    ) -> "TransitionBuffer":
-        transitions = Transition.cat(result.transitions)
-        device = transitions.latents.device
-        return cls(
-            transitions, prompts, advantages.to(device), live.to(device), result.steps, result.sampler, update,
-            micro_batches, seed, keep_one,
-        )  # fmt: skip
+    def micro_batch(self, index: int, dead_too: bool = False) -> MicroBatch:
+        """Part ``index`` of the passes over this rollout; each pass deals the live rows in another order.
 
-    def _rows(self, rows: Tensor, weights: Tensor, nominal_size: float) -> MicroBatch:
-        images = rows % len(self.prompts)
-        return MicroBatch(
-            transition=self.transitions[rows],
-            prompts=[self.prompts[i] for i in images.tolist()],
-            advantages=self.advantages[images],
-            weights=weights.to(self.advantages),
-            step_positions=rows // len(self.prompts),
-            sampler=self.sampler,
-            update=self.update,
-            nominal_size=nominal_size,
-        )
-
-    def micro_batch(self, index: int) -> MicroBatch:
-        """Part ``index`` of the passes over this rollout; each pass deals the live rows in another seeded order."""
+        The order is drawn over all processes' rows, and each takes its own of a part: an update is the same whatever
+        the number of processes. ``dead_too`` deals every row, to check them.
+        """
         number, part = divmod(index, self.micro_batches)
-        total = len(self.steps) * len(self.prompts)
-        live = self.live.repeat(len(self.steps)).nonzero().flatten()
-        order = seeded_noise((*self.seed, "order", number), (len(live),)).argsort().to(live.device)
-        rows = live[order].tensor_split(self.micro_batches)[part]
-        weights = torch.ones(len(rows))
-        if not len(rows) and self.keep_one:
-            rows, weights = torch.zeros(1, dtype=torch.long, device=live.device), torch.zeros(1)
-        return self._rows(rows, weights, total / self.micro_batches)
-
-    def in_order(self, size: int) -> Iterator[MicroBatch]:
-        """Every row once, live or not, ``size`` at a time."""
+        steps, images = len(self.steps), len(self.prompts)
+        alive = torch.ones_like(self.live) if dead_too else self.live
+        rows = alive.repeat(steps).nonzero().flatten()  # step by step, all processes' images in each
+        rows = rows[seeded_noise((self.seed, self.update, "deal", number), (len(rows),)).argsort()]
+        rows = rows[len(rows) * part // self.micro_batches : len(rows) * (part + 1) // self.micro_batches]
+        step, image = rows // len(self.live), rows % len(self.live) - self.first
+        own = (image >= 0) & (image < images)
+        step, image = step[own], image[own]
+        weights = torch.ones(len(image))
+        if not len(image) and self.keep_one:
+            step, image, weights = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(1)
         device = self.advantages.device
-        for rows in torch.arange(len(self.steps) * len(self.prompts), device=device).split(size):
-            yield self._rows(rows, torch.ones(len(rows)), len(rows))
+        return MicroBatch(
+            transition=self.transitions[(step * images + image).to(device)],
+            images=image.tolist(),
+            advantages=self.advantages[image.to(device)],
+            weights=weights.to(device),
+            step_positions=step,
+            nominal_size=steps * images / self.micro_batches,
+        )
 
     def save(self, file: Path) -> None:
         """Write what is left to train on into a checkpoint, as safetensors."""
         tensors = {name: value.contiguous().cpu() for name, value in vars(self.transitions).items()}
-        tensors |= {"advantages": self.advantages.cpu(), "live": self.live.cpu()}
+        tensors |= {"advantages": self.advantages.cpu(), "live": self.live}
         rest = {
             "prompts": self.prompts,
+            "first": self.first,
             "steps": self.steps,
             "sampler": vars(self.sampler),
             "update": self.update,
@@ -132,7 +110,7 @@ class TransitionBuffer:
         with safe_open(file, framework="pt", device=str(device)) as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (it is no dict)
             rest = json.loads(stored.metadata()["rollout"])
-        advantages, live = tensors.pop("advantages"), tensors.pop("live")
+        advantages, live = tensors.pop("advantages"), tensors.pop("live").cpu()
         sampler = StochasticSampler(**rest.pop("sampler"))
-        rest |= {"steps": tuple(rest["steps"]), "seed": tuple(rest["seed"])}
+        rest["steps"] = tuple(rest["steps"])
         return cls(Transition(**tensors), advantages=advantages, live=live, sampler=sampler, **rest)

@@ -60,6 +60,11 @@ def score_rows(
             if share > max_failed_fraction:
                 raise RewardError(f"{message} (max_failed_fraction={max_failed_fraction})")
             logger.warning("%s; they are left unscored", message)
+    if any(reward.weight and reward.name in failures for reward in rewards):
+        # Without a part of their sum these images cannot be compared with any: as a whole they are not scored.
+        table = [
+            [math.nan] * len(rows) if reward.weight else scores for reward, scores in zip(rewards, table, strict=True)
+        ]
     return table
 
 
@@ -111,7 +116,9 @@ def row_images(images: list[Image.Image], row: int, samples: int) -> list[Image.
 def _metrics(table: torch.Tensor, rewards: Sequence[Reward], samples: int, prefix: str) -> dict[str, float]:
     """Means over prompts and their standard errors, from (images, rewards) scores with NaN for not scored."""
     weights = torch.tensor([reward.weight for reward in rewards], dtype=table.dtype)
-    total = combine_rewards(table.repeat_interleave(2, 0), weights, 2)[::2]  # an evaluation has no groups to complete
+    # The images of one prompt are its group, as in training; an image alone makes up a group with itself.
+    copies = 2 if samples == 1 else 1
+    total = combine_rewards(table.repeat_interleave(copies, 0), weights, samples * copies)[::copies]
     named = {"reward": total, **{reward.name: table[:, n] for n, reward in enumerate(rewards)}}
     metrics: dict[str, float] = {f"{prefix}_num_prompts": len(table) // samples}
     for name, values in named.items():

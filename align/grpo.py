@@ -19,6 +19,7 @@ Deviations from the report:
 - a rollout is scored once by the policy that drew it: the log-probability recorded while sampling is the old one.
 """
 
+import json
 import logging
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.utils import RepeatSampler
 
 from align import reports
@@ -36,6 +38,7 @@ from align.advantages import GroupAdvantages, group_advantages
 from align.arguments import DTYPES, ModelArguments, check_launch, parse, plain_errors
 from align.buffer import MicroBatch, TransitionBuffer
 from align.evaluation import evaluate_prompts, score_rows
+from align.flow import Transition
 from align.grpo_config import DataArguments, GRPOConfig, check_data
 from align.losses import gaussian_kl, grpo_policy_loss
 from align.metrics import RunMetrics
@@ -47,6 +50,9 @@ from rewards import RewardError, load_rewards
 logger = logging.getLogger(__name__)
 
 
+#: In a checkpoint: the settings by which a rollout is dealt into updates.
+DEALING = "dealing.json"
+DEAD_ROLLOUTS_TO_WARN = 5
 _NO_DROPOUT = "sampling and replay would see two different policies"
 
 
@@ -114,6 +120,7 @@ class GRPOTrainer(FlowTrainer):
         self._micro_step: int | None = None  # micro-batches taken since the start of the run
         self.metrics = RunMetrics()
         self._consistent = False
+        self._dead_in_a_row = 0
 
     # -- prompts: each rollout's rows are handed out again for every micro-batch taken from it ----------------------
 
@@ -174,14 +181,17 @@ class GRPOTrainer(FlowTrainer):
         )
         self._record_rewards(rewards, group)
         mine = slice(args.process_index * len(rows), (args.process_index + 1) * len(rows))
-        buffer = TransitionBuffer.of_rollout(
-            result,
-            prompts,
-            group.advantages[mine],
-            group.live[mine],
+        buffer = TransitionBuffer(
+            transitions=Transition.cat(result.transitions),
+            prompts=prompts,
+            advantages=group.advantages[mine].to(result.latents.device),
+            live=group.live,
+            first=mine.start,
+            steps=result.steps,
+            sampler=result.sampler,
             update=update,
             micro_batches=args.micro_batches_per_pass(args.world_size),
-            seed=(args.seed, update, args.process_index),
+            seed=args.seed,
             keep_one=args.world_size > 1,
         )
         if not self._consistent:
@@ -197,6 +207,12 @@ class GRPOTrainer(FlowTrainer):
             values[f"rewards/{reward.name}/unscored"] = column.isnan().float().mean()
         self.metrics.record(dead_groups=group.dead_groups, **{name: value.item() for name, value in values.items()})
         self.metrics.count_images(len(rewards))
+        self._dead_in_a_row = self._dead_in_a_row + 1 if group.dead_groups == 1.0 else 0
+        if self._dead_in_a_row and self._dead_in_a_row % DEAD_ROLLOUTS_TO_WARN == 0:
+            logger.warning(
+                "the last %d rollouts had nothing to learn from: every group's images scored the same, or not at all",
+                self._dead_in_a_row,
+            )
 
     def _image_keys(self, update: int, images: int) -> list[ImageKey]:
         """Keys of this process's images by their place in the whole rollout, whatever the number of processes."""
@@ -213,17 +229,16 @@ class GRPOTrainer(FlowTrainer):
     def _check_consistency(self, buffer: TransitionBuffer) -> None:
         """The gate: replayed under the policy that drew it, every transition has ratio 1."""
         worst = torch.zeros(len(buffer.steps), device=self.accelerator.device)
-        velocity = velocity_fn(self.flow, self.args.plan(buffer.update), self.model_wrapped)
-        for batch in buffer.in_order(self.args.per_device_train_batch_size):
+        for part in range(buffer.micro_batches):  # dealt as for training: another batch can be another kernel
+            batch = buffer.micro_batch(part, dead_too=True)
             with torch.no_grad(), self.compute_loss_context_manager():
-                replayed = self._replay(batch, velocity)
+                replayed = self._replay(buffer, batch, self.model_wrapped)
             deviation = (torch.exp(replayed.log_prob - batch.transition.log_prob) - 1).abs()
             worst.scatter_reduce_(0, batch.step_positions.to(worst.device), deviation, "amax")
             self.metrics.forward_equivalents += len(batch) * self.args.plan(buffer.update).forwards_per_velocity
         worst = self.accelerator.gather(worst).view(-1, len(buffer.steps)).amax(0)
         tolerance = self.args.consistency_tolerance * min(self.args.clip_range)
-        self.metrics.record(ratio_deviation_at_start=worst.max().item())
-        logger.info("consistency gate: largest |ratio - 1| %.2e, tolerance %.2e", worst.max().item(), tolerance)
+        self.metrics.record(ratio_deviation_at_start=worst.max().item(), ratio_tolerance=tolerance)
         if not bool((worst <= tolerance).all()):
             step = buffer.steps[int(worst.argmax())]
             raise ConsistencyError(
@@ -235,10 +250,15 @@ class GRPOTrainer(FlowTrainer):
 
     # -- 3: the loss ------------------------------------------------------------------------------------------------
 
-    def _replay(self, batch: MicroBatch, velocity: Any) -> Any:
-        drawn = batch.transition
-        v = velocity(drawn.latents, drawn.sigma, self.flow.encode_prompts(batch.prompts))
-        return batch.sampler.transition(
+    def _velocity(self, buffer: TransitionBuffer, batch: MicroBatch, transformer: torch.nn.Module) -> Tensor:
+        conditions = self.flow.encode_prompts(buffer.prompts)  # of the whole rollout, as when it was sampled
+        velocity = velocity_fn(self.flow, self.args.plan(buffer.update), transformer)
+        return velocity(batch.transition.latents, batch.transition.sigma, [conditions[i] for i in batch.images])
+
+    def _replay(self, buffer: TransitionBuffer, batch: MicroBatch, transformer: torch.nn.Module) -> Transition:
+        """The drawn transitions, scored under the policy as it is now."""
+        drawn, v = batch.transition, self._velocity(buffer, batch, transformer)
+        return buffer.sampler.transition(
             drawn.latents, v, drawn.sigma, drawn.sigma_next, next_latents=drawn.next_latents
         )
 
@@ -246,12 +266,13 @@ class GRPOTrainer(FlowTrainer):
         self, model: torch.nn.Module, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """Report eq. 5 over one micro-batch: -mean(min(r A, clip(r) A) - beta KL)."""
-        args, batch = self.args, inputs
+        args, batch, buffer = self.args, inputs, self._buffer
+        assert buffer is not None
         if not len(batch):  # every group was dead: nothing to train on, and no forward is spent
             return torch.stack([0.0 * p.sum() for p in self.trained_parameters().values()]).sum()
-        plan, drawn = args.plan(batch.update), batch.transition
-        reference_mean = self._reference_mean(batch, model) if args.beta > 0 else None
-        now = self._replay(batch, velocity_fn(self.flow, plan, model))
+        drawn = batch.transition
+        reference_mean = self._reference_mean(buffer, batch, model) if args.beta > 0 else None
+        now = self._replay(buffer, batch, model)
         policy = grpo_policy_loss(now.log_prob, drawn.log_prob, batch.advantages, *args.clip_range)
         loss = policy.loss
         if reference_mean is not None:
@@ -264,18 +285,18 @@ class GRPOTrainer(FlowTrainer):
             ratio_max=policy.ratio.max().item(),
             clip_share=policy.clipped.float().mean().item(),
         )
-        backward = 3 + int(self.recompute)
-        self.metrics.forward_equivalents += len(batch) * backward * plan.forwards_per_velocity
+        cost = 4 if args.activation_checkpointing else 3  # forward 1, backward 2, and the forward once more
+        self.metrics.forward_equivalents += len(batch) * cost * args.plan(buffer.update).forwards_per_velocity
         # Dead transitions were left out of the batch and count 0 in the mean over all of them.
         return (loss * batch.weights).sum() / batch.nominal_size
 
-    def _reference_mean(self, batch: MicroBatch, model: torch.nn.Module) -> Tensor:
-        plan, drawn = self.args.plan(batch.update), batch.transition
-        conditions = self.flow.encode_prompts(batch.prompts)
-        with torch.no_grad(), self.flow.reference(model) as reference:
-            v = velocity_fn(self.flow, plan, reference)(drawn.latents, drawn.sigma, conditions)
-        self.metrics.forward_equivalents += len(batch) * plan.forwards_per_velocity
-        return batch.sampler.moments(drawn.latents, v, drawn.sigma, drawn.sigma_next)[0]
+    def _reference_mean(self, buffer: TransitionBuffer, batch: MicroBatch, model: torch.nn.Module) -> Tensor:
+        drawn = batch.transition
+        # A frozen copy was made before the launcher wrapped the model in its autocast: give it the same.
+        with torch.no_grad(), self.accelerator.autocast(), self.flow.reference(model) as reference:
+            v = self._velocity(buffer, batch, reference)
+        self.metrics.forward_equivalents += len(batch) * self.args.plan(buffer.update).forwards_per_velocity
+        return buffer.sampler.moments(drawn.latents, v, drawn.sigma, drawn.sigma_next)[0]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self.metrics.timed("update"):
@@ -296,7 +317,7 @@ class GRPOTrainer(FlowTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Held-out rewards by the ODE sampler, and on the first call of a step a grid of the first prompts' images."""
+        """Held-out rewards by the ODE sampler, and a grid of the first prompts' images."""
         args = self.args
         metrics: dict[str, float] = {}
         named = {metric_key_prefix: eval_dataset if eval_dataset is not None else self.eval_dataset}
@@ -326,7 +347,12 @@ class GRPOTrainer(FlowTrainer):
     # -- the run ----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        self._micro_step, self._buffer, self._consistent = None, None, False
+        self._micro_step, self._buffer, self._consistent, self._dead_in_a_row = None, None, False, 0
+        if resume_from_checkpoint:
+            folder = (
+                get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+            )
+            self.args.check_dealing(Path(folder) / DEALING)
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except (RewardError, ConsistencyError):
@@ -339,9 +365,11 @@ class GRPOTrainer(FlowTrainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / DEALING).write_text(json.dumps(self.args.dealing()))
         taken = self.state.global_step * self.args.gradient_accumulation_steps
         if self._buffer is not None and taken % self.args.micro_batches_per_rollout(self.args.world_size):
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             self._buffer.save(self._buffer_file(folder))
 
     def _restore(self) -> None:
@@ -359,11 +387,10 @@ class GRPOTrainer(FlowTrainer):
 
         ``base_model`` and ``data`` are the names on the card; ``settings`` what it says of the config.
         """
-        if self.eval_dataset is not None and reports.series(self.state.log_history, "eval_num_prompts")[0][-1:] != [
-            self.state.global_step
-        ]:
+        self.export()  # first: nothing below may lose what was trained
+        evaluated = reports.series(self.state.log_history, "eval_num_prompts")[0]
+        if self.eval_dataset is not None and evaluated[-1:] != [self.state.global_step]:
             self.evaluate()
-        self.export()
         history, folder = self.state.log_history, Path(self.args.output_dir)
         if self.is_world_process_zero():
             self.state.save_to_json(str(folder / "trainer_state.json"))
@@ -413,14 +440,14 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.interrupted:
+            if trainer.is_world_process_zero():
+                last = f"{args.output_dir}/checkpoint-{trainer.state.global_step}"
+                print(f"interrupted; go on with: --resume_from_checkpoint {last}")
+            return
+        table = trainer.finish(model_args.model, data.dataset_name, reports.changed_settings(data, model_args, args))
     except (RewardError, ConsistencyError) as error:
         raise SystemExit(f"stopped at update {trainer.state.global_step}: {error}") from error
-    if trainer.interrupted:
-        print(
-            f"interrupted; go on with: --resume_from_checkpoint {args.output_dir}/checkpoint-{trainer.state.global_step}"
-        )
-        return
-    table = trainer.finish(model_args.model, data.dataset_name, reports.changed_settings(data, model_args, args))
     if trainer.is_world_process_zero():
         print(f"\n{table}\n\n{trainer.state.global_step} updates in {time.perf_counter() - started:.0f} s; look at:")
         for path in sorted(p for p in Path(args.output_dir).iterdir() if p.suffix in (".png", ".md")):

@@ -1,8 +1,9 @@
 """Settings of GRPO, named as in TRL and Flow-GRPO, and the sums that batch sizes must satisfy."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from datasets import Dataset
 
@@ -97,8 +98,9 @@ class GRPOConfig(FlowConfig):
             "generation_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps",
             "eval_num_inference_steps", "eval_rollout_batch_size",
         ):  # fmt: skip
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+            least = 2 if name.endswith("inference_steps") else 1  # one step has no second sigma
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, found {getattr(self, name)}")
         if self.num_generations < 2:
             raise ValueError(
                 f"num_generations must be at least 2: images of one prompt are compared, found {self.num_generations}"
@@ -186,6 +188,28 @@ class GRPOConfig(FlowConfig):
             batch_size=self.eval_rollout_batch_size or self.rollout_batch_size,
         )
 
+    def dealing(self) -> dict[str, Any]:
+        """What decides which transitions an update is made of: the same when a run is resumed, or it is another run."""
+        names = (
+            *("seed", "data_seed", "num_generations", "generation_batch_size", "num_iterations", "world_size"),
+            *("per_device_train_batch_size", "gradient_accumulation_steps", "height", "width", "num_inference_steps"),
+            *("guidance_scale", "negative_prompt", "noise_level", "sde_type", "sde_window_size", "sde_window_range"),
+            *("shared_initial_noise", "log_prob_reduction"),
+        )
+        return {name: getattr(self, name) for name in names}
+
+    def check_dealing(self, file: Path) -> None:
+        """Raise ValueError naming the first setting that differs from that of the checkpoint to resume."""
+        if not file.is_file():
+            raise FileNotFoundError(f"{file.parent} is no GRPO checkpoint: it has no {file.name}")
+        now = self.dealing()
+        for name, then in json.loads(file.read_text()).items():
+            if name in now and now[name] != then:
+                raise ValueError(
+                    f"{name} is {now[name]!r} and was {then!r} when {file.parent} was written: resume with the same, or "
+                    "start a new run from its LoRA with --adapter"
+                )
+
     # -- how a rollout becomes optimizer updates --------------------------------------------------------------------
 
     def micro_batches_per_pass(self, world_size: int) -> int:
@@ -230,6 +254,8 @@ def check_data(
         )
     if not any(reward.weight for reward in rewards):
         raise ValueError("every reward has weight 0: nothing would be trained on")
+    if guards and evaluation is None:
+        raise ValueError("guard data sets are evaluated beside held-out prompts: give --eval_dataset_name too")
     if evaluation is None and (args.eval_strategy != "no" or args.eval_on_start):
         raise ValueError(
             "eval_strategy is set and there is no eval_dataset: give --eval_dataset_name, or eval_strategy: no"

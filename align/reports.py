@@ -132,7 +132,7 @@ def write_run_folder(folder: Path, log_history: list[dict[str, Any]], **card: An
     reward_curve(log_history, folder / "reward_curve.png")
     pictures = ["reward_curve.png"]
     grids = sorted((folder / "samples").glob("step-*.png"))
-    if len(grids) > 1:
+    if len(grids) > 1 and grids[0].name == "step-000000.png":
         side_by_side(grids[0], grids[-1], folder / "before_after.png")
         pictures.append("before_after.png")
     text = model_card(title=folder.resolve().name, log_history=log_history, pictures=pictures, **card)

@@ -3,9 +3,12 @@
 Checkpoints hold what is trained and nothing else; the run folder ends with weights that stock diffusers loads.
 """
 
+import ctypes
 import logging
+import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -25,6 +28,9 @@ from align.models.base import FlowModel
 
 logger = logging.getLogger(__name__)
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+#: What a finished run leaves, besides a full fine-tune's folder and the pictures.
+FINISHED = ("pytorch_lora_weights.safetensors", "trainer_state.json")
 WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
 
 
@@ -57,9 +63,12 @@ class FlowConfig(TrainingArguments):
             raise ValueError("remove_unused_columns must be false: rewards and trainers take data columns by name")
 
     def clear_earlier_run(self) -> None:
-        """Remove an earlier run's checkpoints and sample grids, which would pass for this run's."""
-        for folder in [*Path(self.output_dir).glob("checkpoint-*"), Path(self.output_dir) / "samples"]:
-            shutil.rmtree(folder, ignore_errors=True)
+        """Remove what an earlier run left in output_dir, which would pass for this run's."""
+        folder = Path(self.output_dir)
+        for earlier in [*folder.glob("checkpoint-*"), folder / "samples", folder / "transformer"]:
+            shutil.rmtree(earlier, ignore_errors=True)
+        for name in (*FINISHED, "before_after.png", "reward_curve.png", "README.md"):
+            (folder / name).unlink(missing_ok=True)
 
     def checkpoint_to_resume(self) -> str | None:
         """The folder that ``resume_from_checkpoint`` means (``true``: the last in output_dir), if any.
@@ -69,10 +78,12 @@ class FlowConfig(TrainingArguments):
         last = get_last_checkpoint(self.output_dir) if Path(self.output_dir).is_dir() else None
         wanted = self.resume_from_checkpoint
         if wanted is None or str(wanted).lower() == "false":
-            if last is not None and not self.overwrite_output_dir:
+            left = [Path(last).name] if last else [n for n in FINISHED if (Path(self.output_dir) / n).exists()]
+            if left and not self.overwrite_output_dir:
+                go_on = "--resume_from_checkpoint true to go on from it, " if last else ""
                 raise FileExistsError(
-                    f"{self.output_dir} holds {Path(last).name} of an earlier run: pass --resume_from_checkpoint true to "
-                    "go on from it, --overwrite_output_dir to start afresh, or another --output_dir"
+                    f"{self.output_dir} holds {left[0]} of an earlier run: pass {go_on}--overwrite_output_dir true to "
+                    "start afresh, or another --output_dir"
                 )
             return None
         folder = last if str(wanted).lower() == "true" else str(wanted)
@@ -117,10 +128,10 @@ class FlowTrainer(Trainer):
         dead = model.add_lora(peft_config) if peft_config is not None else [] if model.adapter else model.unfreeze()
         if dead:
             logger.warning("not trained, because no gradient can reach them: %s", ", ".join(dead))
-        self.recompute = bool(args.activation_checkpointing)
-        if self.recompute:  # a diffusers model is told so by another name than the one Trainer calls
-            cast(Any, model.transformer).enable_gradient_checkpointing()
-            args.activation_checkpointing = False
+        transformer = cast(Any, model.transformer)
+        # What transformers calls by these names, diffusers has by others.
+        transformer.activation_checkpointing_enable = lambda **_: transformer.enable_gradient_checkpointing()
+        transformer.config.to_json_string = transformer.to_json_string
         super().__init__(
             model=model.transformer,
             args=args,
@@ -130,9 +141,6 @@ class FlowTrainer(Trainer):
             callbacks=[self.interrupt, *(callbacks or [])],
         )
         model.device = self.accelerator.device
-        # transformers' TensorBoard callback asks the config for this; diffusers has it on the model.
-        transformer = cast(Any, model.transformer)
-        transformer.config.to_json_string = transformer.to_json_string
         self.ema = EMACallback(self) if args.ema_decay else None
         if self.ema:
             self.add_callback(self.ema)
@@ -167,6 +175,8 @@ class FlowTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         state = self._trained_state(state_dict)
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        if self.ema:
+            self.ema.save(folder)
         if self.flow.adapter:  # so that every checkpoint can be tried in stock diffusers
             self.flow.save(str(folder), state)
 
@@ -227,11 +237,12 @@ class EMACallback(TrainerCallback):
         assert self.average is not None
         self.average.step(self._parameters())
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.should_save and self.average is not None:
-            names = self.trainer.trained_parameters()
-            shadow = {n: p.detach().cpu().contiguous() for n, p in zip(names, self.average.shadow_params, strict=True)}
-            save_file(shadow, Path(args.output_dir) / f"checkpoint-{state.global_step}" / EMA_WEIGHTS)
+    def save(self, folder: Path) -> None:
+        """Write the average into a checkpoint."""
+        assert self.average is not None
+        names = self.trainer.trained_parameters()
+        shadow = {n: p.detach().cpu().contiguous() for n, p in zip(names, self.average.shadow_params, strict=True)}
+        save_file(shadow, folder / EMA_WEIGHTS)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -259,10 +270,14 @@ class InterruptCallback(TrainerCallback):
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
-        print(f"\n{self.received}: finishing this update, then writing a checkpoint.", flush=True)
+        # Not print: the signal may have come in the middle of one.
+        os.write(1, f"\n{self.received}: finishing this update, then writing a checkpoint.\n".encode())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.received, self.stopped = None, False
+        if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+            # `accelerate launch` passes no signal on: ask the kernel for a SIGTERM when it dies.
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         try:
             self._previous = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
         except ValueError:  # training in another thread than the main one: signals are somebody else's

@@ -25,6 +25,8 @@ BUILTINS = {
 FACTORIES = frozenset({"shapes_preference"})
 _KEYS = ("use", "weight", "args", "name")
 _GIVEN = ("images", "prompts")
+#: The weighted sum of all rewards is logged under this name.
+TOTAL = "reward"
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ def load_rewards(specs: Spec | Iterable[Spec]) -> list[Reward]:
         raise ValueError("no reward was given: pass --rewards NAME, or `rewards:` in the config")
     names = [reward.name for reward in rewards]
     for name in names:
+        if name == TOTAL:
+            raise ValueError(f"no reward may be called {TOTAL!r}, which is their weighted sum: give it another `name`")
         if names.count(name) > 1:
             raise ValueError(f"two rewards are both called {name!r}: give one of them another `name`")
     return rewards
@@ -96,7 +100,8 @@ def _load(spec: Spec) -> Reward:
     if isinstance(spec, str):
         spec = {"use": spec}
     elif callable(spec):
-        return _reward(getattr(spec, "__name__", type(spec).__name__), spec, 1.0)
+        name = getattr(spec, "__name__", type(spec).__name__)
+        return _reward({TOTAL: f"custom_{TOTAL}", "<lambda>": f"custom_{TOTAL}"}.get(name, name), spec, 1.0)
     if not isinstance(spec, Mapping):
         raise ValueError(f"reward entry {spec!r} is {type(spec).__name__}: give a name, or a mapping with `use`")
     unknown = [key for key in spec if key not in _KEYS]
@@ -121,7 +126,10 @@ def _load(spec: Spec) -> Reward:
             found = f"args {args!r} of reward {use!r} do not fit: {error}."
             raise ValueError(f"{found} It takes {_parameters(function)}") from None
         function = function(**args)
-    return _reward(spec.get("name") or use.rpartition(":")[2], function, float(weight))
+    module, _, name = use.rpartition(":")
+    if name == TOTAL:
+        name = f"{Path(module).stem.rpartition('.')[2]}_{TOTAL}"
+    return _reward(spec.get("name") or name, function, float(weight))
 
 
 def _parameters(function: Callable[..., Any]) -> str:

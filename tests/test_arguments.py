@@ -270,11 +270,16 @@ def test_an_adapter_folder_needs_its_file(folder, there):
 
 
 @pytest.mark.parametrize("setting", [{"lora_r": 8}, {"lora_alpha": 8}, {"lora_target_modules": ["to_q"]}])
-def test_an_adapter_brings_its_own_settings(folder, setting):
+def test_an_adapter_brings_its_own_settings(folder, setting, caplog):
     (folder / LORA_FILE).touch()
     assert ModelArguments(adapter=".").peft_config() is None
-    with pytest.raises(ValueError, match=f"'{next(iter(setting))}' is set by the adapter"):
-        ModelArguments(adapter=".", **setting)
+    assert ModelArguments(adapter=".", **setting).peft_config() is None
+    assert f"{next(iter(setting))} is ignored: the adapter . says its own" in caplog.text
+
+
+def test_a_full_fine_tune_of_half_precision_weights_is_refused():
+    with pytest.raises(ValueError, match=r"loses most of its updates to rounding: use dtype: float32"):
+        ModelArguments(use_peft=False, dtype="bfloat16")
 
 
 def test_a_fresh_adapter_has_rank_sixteen_and_twice_that_as_alpha():

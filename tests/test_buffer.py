@@ -7,8 +7,7 @@ import torch
 from safetensors import safe_open
 
 from align.buffer import MicroBatch, TransitionBuffer
-from align.flow import StochasticSampler
-from align.rollout import Rollout
+from align.flow import StochasticSampler, Transition
 
 torch.set_num_threads(1)
 
@@ -20,22 +19,31 @@ SAMPLER = StochasticSampler(0.7, sigma_max=0.9)
 SOME = (True, False, True, True, False, True)
 
 
-def buffer(live=SOME, micro_batches=3, seed=(5, 2, 0), keep_one=False, sampler=SAMPLER) -> TransitionBuffer:
-    """A rollout of random latents; each row can be told by its first entry, position of the step * 10 + image."""
+def buffer(
+    live=SOME, micro_batches=3, seed=5, keep_one=False, sampler=SAMPLER, update=7, of=(0, 1)
+) -> TransitionBuffer:
+    """A rollout of random latents; each row can be told by its first entry, position of the step * 10 + image.
+
+    ``of`` is (process, processes): each has an equal share of the images.
+    """
+    share = IMAGES // of[1]
+    mine = slice(of[0] * share, (of[0] + 1) * share)
     generator = torch.Generator().manual_seed(1)
     transitions = []
     for position, step in enumerate(STEPS):
         latents, velocity, noise = torch.randn(3, IMAGES, 4, 2, generator=generator)
         latents[:, 0, 0] = position * 10.0 + torch.arange(IMAGES)
         sigma, sigma_next = (torch.full((IMAGES,), value) for value in SIGMAS[step])
-        transitions.append(sampler.transition(latents, velocity, sigma, sigma_next, noise=noise))
-    rollout = Rollout(torch.zeros(IMAGES, 4, 2), [], STEPS, transitions, sampler)
-    return TransitionBuffer.of_rollout(
-        rollout,
-        [f"prompt {image}" for image in range(IMAGES)],
-        torch.arange(IMAGES) - 2.5,
-        torch.tensor(live),
-        update=7,
+        transitions.append(sampler.transition(latents, velocity, sigma, sigma_next, noise=noise)[mine])
+    return TransitionBuffer(
+        transitions=Transition.cat(transitions),
+        prompts=[f"prompt {image}" for image in range(IMAGES)][mine],
+        advantages=(torch.arange(IMAGES) - 2.5)[mine],
+        live=torch.tensor(live),
+        first=mine.start,
+        steps=STEPS,
+        sampler=sampler,
+        update=update,
         micro_batches=micro_batches,
         seed=seed,
         keep_one=keep_one,
@@ -59,7 +67,7 @@ def live_rows(live) -> list[int]:
 def same(a: MicroBatch, b: MicroBatch) -> bool:
     tensors = all(torch.equal(getattr(a.transition, name), value) for name, value in vars(b.transition).items())
     rest = torch.equal(a.advantages, b.advantages) and torch.equal(a.weights, b.weights)
-    others = ("prompts", "sampler", "update", "nominal_size")
+    others = ("images", "nominal_size")
     return (
         tensors
         and rest
@@ -89,13 +97,13 @@ def test_every_row_keeps_its_prompt_advantage_and_step():
     for part in range(4):
         batch = source.micro_batch(part)
         steps, images = zip(*(divmod(row, 10) for row in rows(batch)), strict=True)
-        assert batch.prompts == [f"prompt {image}" for image in images]
+        assert batch.images == list(images)
         assert batch.advantages.tolist() == [image - 2.5 for image in images]
         assert batch.step_positions.tolist() == list(steps)
         sigmas = [SIGMAS[STEPS[step]] for step in steps]
         pairs = torch.stack([batch.transition.sigma, batch.transition.sigma_next], 1)
         assert torch.equal(pairs, torch.tensor(sigmas))
-        assert len(batch) == len(images) and (batch.update, batch.sampler) == (7, SAMPLER)
+        assert len(batch) == len(images)
 
 
 def test_a_dealt_row_carries_the_log_probability_of_the_noise_that_drew_it():
@@ -121,7 +129,20 @@ def test_the_order_is_a_function_of_the_seed():
     first = dealt(buffer(), 1)
     torch.manual_seed(99)
     assert dealt(buffer(), 1) == first
-    assert all(dealt(buffer(seed=seed), 1) != first for seed in ((6, 2, 0), (5, 3, 0), (5, 2, 1)))
+    assert dealt(buffer(seed=6), 1) != first and dealt(buffer(update=8), 1) != first
+
+
+@pytest.mark.parametrize("live", PATTERNS)
+@pytest.mark.parametrize("processes", [2, 3])
+def test_an_update_is_made_of_the_same_rows_whatever_the_number_of_processes(live, processes):
+    alone = buffer(live, micro_batches=6)
+    shared = [buffer(live, micro_batches=6 // processes, of=(n, processes)) for n in range(processes)]
+    for number in range(2):
+        parts = dealt(alone, number)
+        for part in range(6 // processes):  # as many micro-batches of one process as there are processes make an update
+            together = sorted(row for source in shared for row in dealt(source, number)[part])
+            assert together == sorted(row for own in parts[part * processes : (part + 1) * processes] for row in own)
+    assert sum(source.micro_batch(0).nominal_size for source in shared) == alone.micro_batch(0).nominal_size * processes
 
 
 def test_a_micro_batch_can_be_asked_for_again_and_in_any_order():
@@ -150,7 +171,7 @@ def test_more_parts_than_live_rows_leave_parts_empty():
     parts = [buffer(live, micro_batches=6).micro_batch(part) for part in range(6)]
     assert sorted(map(len, parts)) == [0, 0, 0, 1, 1, 1]
     empty = next(part for part in parts if not len(part))
-    assert empty.prompts == [] and empty.transition.latents.shape == (0, 4, 2) and empty.nominal_size == 3
+    assert empty.images == [] and empty.transition.latents.shape == (0, 4, 2) and empty.nominal_size == 3
 
 
 @pytest.mark.parametrize("live", [(False,) * 6, (True, *(False,) * 5)])
@@ -162,14 +183,14 @@ def test_keep_one_fills_an_empty_part_with_a_row_of_weight_nothing(live):
             assert same(filled, empty) and filled.weights.tolist() == [1.0] * len(empty)
         else:
             assert len(filled) == 1 and filled.weights.tolist() == [0.0]
-            assert filled.transition.log_prob.isfinite().all() and filled.prompts == ["prompt 0"]
+            assert filled.transition.log_prob.isfinite().all() and filled.images == [0]
 
 
-def test_in_order_gives_every_row_once_live_or_not():
-    batches = list(buffer(live=(False,) * 6).in_order(4))
-    assert [len(batch) for batch in batches] == [4, 4, 4, 4, 2]
-    assert [row for batch in batches for row in rows(batch)] == live_rows((True,) * 6)
-    assert all(batch.weights.tolist() == [1.0] * len(batch) and batch.nominal_size == len(batch) for batch in batches)
+def test_every_row_can_be_dealt_live_or_not():
+    source = buffer(live=(False,) * 6)
+    batches = [source.micro_batch(part, dead_too=True) for part in range(3)]
+    assert [len(batch) for batch in batches] == [6, 6, 6]
+    assert sorted(row for batch in batches for row in rows(batch)) == live_rows((True,) * 6)
 
 
 # --- In a checkpoint ---
@@ -189,11 +210,10 @@ def test_saving_and_loading_goes_on_identically(tmp_path, sampler, keep_one):
         assert stored.dtype == value.dtype and torch.equal(stored, value), name
     assert torch.equal(loaded.advantages, source.advantages) and torch.equal(loaded.live, source.live)
     assert loaded.live.dtype == torch.bool
-    for name in ("prompts", "steps", "sampler", "update", "micro_batches", "seed", "keep_one"):
+    for name in ("prompts", "steps", "sampler", "update", "micro_batches", "seed", "keep_one", "first"):
         assert getattr(loaded, name) == getattr(source, name), name
         assert type(getattr(loaded, name)) is type(getattr(source, name)), name
     assert all(same(loaded.micro_batch(part), source.micro_batch(part)) for part in range(12))
-    assert all(same(a, b) for a, b in zip(loaded.in_order(5), source.in_order(5), strict=True))
 
 
 def test_what_is_saved_is_safetensors_of_plain_data(tmp_path):

@@ -34,7 +34,14 @@ print("REWARD", sum(rewards) / len(rewards))
 @pytest.mark.slow
 def test_the_demo_aligns_the_model_and_stock_diffusers_gives_the_improved_reward(tmp_path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, ROOT / "align/grpo.py", "--config", ROOT / "configs/tiny/grpo.yaml", "--output_dir", "run"]
+    command = [
+        sys.executable,
+        ROOT / "align/grpo.py",
+        "--config",
+        ROOT / "configs/tiny/grpo.yaml",
+        "--output_dir",
+        "run",
+    ]
     subprocess.run([*command, "--disable_tqdm", "true"], cwd=tmp_path, env=environment, check=True)
     log = json.loads((tmp_path / "run/trainer_state.json").read_text())["log_history"]
     first, last = (next(e for e in entries if "eval_reward" in e) for entries in (log, reversed(log)))

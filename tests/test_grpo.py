@@ -141,6 +141,21 @@ def test_first_ratio_is_one_and_the_gate_measures_it(tmp_path):
     assert history(run, "clip_share")[0] == 0
 
 
+def test_first_ratio_of_a_half_precision_model_does_not_depend_on_the_padding(tmp_path):
+    lengths = [
+        "a circle",
+        "three red circles on a blue background",
+        "two objects",
+        "a red circle left of a blue square",
+    ]
+    model = QwenImage.from_pretrained("tiny", torch.bfloat16)
+    run = trainer(tmp_path, model=model, data=Dataset.from_dict({"prompt": lengths}), max_steps=1, guidance_scale=4.0,
+                  generation_batch_size=16, per_device_train_batch_size=8, gradient_accumulation_steps=4)  # fmt: skip
+    run.train()
+    assert history(run, "ratio_deviation_at_start")[0] < 1e-5
+    assert max(abs(history(run, "ratio_min")[0] - 1), abs(history(run, "ratio_max")[0] - 1)) < 1e-5
+
+
 def test_gate_stops_a_run_whose_policy_is_not_the_one_that_sampled(tmp_path):
     run = trainer(tmp_path, max_steps=1)
     run.train()
@@ -320,6 +335,21 @@ def test_checkpoint_of_another_rank_is_refused_by_name(tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"per_device_train_batch_size": 8}, "per_device_train_batch_size is 8 and was 16"),
+        ({"noise_level": 0.5}, "noise_level is 0.5 and was 0.7"),
+        ({"seed": 4}, "seed is 4 and was 3"),
+    ],
+)
+def test_resuming_as_another_run_is_refused(tmp_path, changed, message):
+    trainer(tmp_path / "a", save_strategy="steps", save_steps=1, num_iterations=2).train()
+    other = trainer(tmp_path / "b", num_iterations=2, **changed)
+    with pytest.raises(ValueError, match=message):
+        other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+
+
 def test_moving_average_is_what_is_evaluated_and_exported(tmp_path):
     run = trainer(tmp_path, ema_decay=0.5, max_steps=3)
     run.train()
@@ -352,16 +382,16 @@ class FailsAfter:
 
 
 def test_a_reward_that_raises_stops_the_run_with_a_checkpoint_that_resumes(tmp_path):
-    run = trainer(tmp_path / "failing", rewards=[FailsAfter(2)], max_steps=4)
+    run = trainer(tmp_path / "failing", rewards=[FailsAfter(2)], max_steps=4, ema_decay=0.5)
     with pytest.raises(
         RewardError,
         match=r"'FailsAfter' failed for 100% .* ConnectionError: the scorer went away \(max_failed_fraction=0.1\)",
     ):
         run.train()
     assert run.state.global_step == 2
-    healthy = trainer(tmp_path / "healthy", rewards=[FailsAfter(99)], max_steps=4)
+    healthy = trainer(tmp_path / "healthy", rewards=[FailsAfter(99)], max_steps=4, ema_decay=0.5)
     healthy.train()
-    resumed = trainer(tmp_path / "resumed", rewards=[FailsAfter(99)], max_steps=4)
+    resumed = trainer(tmp_path / "resumed", rewards=[FailsAfter(99)], max_steps=4, ema_decay=0.5)
     resumed.train(resume_from_checkpoint=str(tmp_path / "failing" / "checkpoint-2"))
     assert largest_difference(weights(resumed), weights(healthy)) == 0
 
@@ -372,6 +402,12 @@ def test_a_failing_reward_within_the_allowance_leaves_its_rollout_unscored(tmp_p
     assert history(run, "rewards/FailsAfter/unscored") == [0.0, 1.0]
     assert history(run, "dead_groups") == [0.0, 1.0]
     assert history(run, "loss")[1] == 0
+
+
+def test_a_failure_among_several_rewards_leaves_the_images_unscored_as_a_whole(tmp_path):
+    run = trainer(tmp_path, rewards=[FailsAfter(1), brightness], max_failed_fraction=1.0)
+    run.train()
+    assert history(run, "dead_groups") == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(

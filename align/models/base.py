@@ -23,7 +23,10 @@ class FlowModel(Protocol):
     device: torch.device
 
     def encode_prompts(self, prompts: list[str]) -> list[Any]:
-        """One condition per prompt. Each distinct prompt is encoded once and remembered."""
+        """One condition per prompt. Each distinct prompt is encoded once and remembered.
+
+        Conditions of one call belong together: rows of them, batched in any way, give the same velocities.
+        """
         ...
 
     def encode_images(self, images: list[Image.Image], height: int, width: int) -> Tensor:

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from align.flow import guided_velocity
@@ -23,14 +24,24 @@ from align.models.loading import nearest, resolve_folder
 
 #: Linear layers of the joint attention, image and text streams: what Qwen-Image LoRAs usually adapt.
 ATTENTION_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+#: As stock sampling cuts it.
+MAX_TEXT_TOKENS = 512
+#: Encoded prompts kept for another time, oldest dropped first: at Qwen-Image's width about a megabyte each.
+MAX_REMEMBERED = 4096
 #: Names of the adapters on the transformer; diffusers saves the metadata of the one called "default".
 TRAINED, REFERENCE = "default", "reference"
 
 
 class Condition(NamedTuple):
-    """One encoded prompt: ``embeds`` (text tokens, channels), kept on the CPU between uses."""
+    """One encoded prompt: ``embeds`` (text tokens, channels) on the CPU, padded to the longest of its call.
+
+    length: how many of the tokens are the prompt's. masked: whether any prompt of the call was padded. Sampling and
+    replay so see the same padding however the rows are batched; in half precision another padding is another velocity.
+    """
 
     embeds: Tensor
+    length: int
+    masked: bool
 
 
 class QwenImage:
@@ -48,7 +59,7 @@ class QwenImage:
         self.offload = offload
         self.dtype = self.transformer.dtype
         self.adapter = False
-        self._conditions: dict[str, Condition] = {}
+        self._encoded: dict[str, Tensor] = {}
         self._reference_copy: nn.Module | None = None
         self._adapter_folder: Path | None = None
         for module in (pipeline.vae, pipeline.text_encoder, self.transformer):
@@ -79,15 +90,22 @@ class QwenImage:
                 module.to("cpu")
 
     def encode_prompts(self, prompts: list[str]) -> list[Condition]:
-        new = [p for p in dict.fromkeys(prompts) if p not in self._conditions]
+        new = [p for p in dict.fromkeys(prompts) if p not in self._encoded]
         if new:
             with self._at_work(self.pipeline.text_encoder):
                 for prompt in new:
                     # One at a time: in a padded batch the last bits would depend on the neighbours, and a resumed run,
                     # or one on more processes, would not be the same run.
-                    embeds, _ = self.pipeline.encode_prompt([prompt], device=self.device)
-                    self._conditions[prompt] = Condition(embeds[0].clone().cpu())
-        return [self._conditions[p] for p in prompts]
+                    embeds, _ = self.pipeline.encode_prompt(
+                        [prompt], device=self.device, max_sequence_length=MAX_TEXT_TOKENS
+                    )
+                    self._encoded[prompt] = embeds[0].clone().cpu()
+        lengths = [len(self._encoded[p]) for p in prompts]
+        longest, masked = max(lengths), min(lengths) < max(lengths)
+        padded = {p: pad(self._encoded[p], (0, 0, 0, longest - len(self._encoded[p]))) for p in dict.fromkeys(prompts)}
+        for prompt in list(self._encoded)[: max(0, len(self._encoded) - MAX_REMEMBERED)]:
+            del self._encoded[prompt]
+        return [Condition(padded[p], length, masked) for p, length in zip(prompts, lengths, strict=True)]
 
     def _latent_statistics(self) -> tuple[Tensor, Tensor]:
         config = self.pipeline.vae.config
@@ -170,12 +188,12 @@ class QwenImage:
         return guided_velocity(velocity, velocity_negative, guidance_scale)
 
     def _pad(self, conditions: list[Condition], device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """(B, T, D) embeds and their (B, T) mask, None when nothing is padded, as the stock pipeline passes it."""
-        parts = [c.embeds for c in conditions]
-        lengths = torch.tensor([len(p) for p in parts])
-        embeds = pad_sequence(parts, batch_first=True).to(device, self.dtype)
-        mask = torch.arange(embeds.shape[1]) < lengths[:, None]
-        return embeds, None if mask.all() else mask.to(device)
+        """(B, T, D) embeds and their (B, T) mask, None when nothing was padded, as the stock pipeline passes it."""
+        embeds = pad_sequence([c.embeds for c in conditions], batch_first=True).to(device, self.dtype)
+        if not any(c.masked or len(c.embeds) < embeds.shape[1] for c in conditions):
+            return embeds, None
+        mask = torch.arange(embeds.shape[1]) < torch.tensor([c.length for c in conditions])[:, None]
+        return embeds, mask.to(device)
 
     # -- what is trained -----------------------------------------------------------------------------------------
 

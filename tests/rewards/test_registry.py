@@ -225,7 +225,7 @@ def test_functions_lambdas_instances_methods_and_partials_are_rewards():
         *load_rewards([plain, Instance(), Instance().method, lambda images, prompts: [5.0 for _ in images]]),
         *load_rewards([scaled]),
     ]
-    assert [r.name for r in rewards] == ["plain", "Instance", "method", "<lambda>", "partial"]
+    assert [r.name for r in rewards] == ["plain", "Instance", "method", "custom_reward", "partial"]
     assert [values(r, target=[6, 6])[0] for r in rewards] == [0.0, 6.0, 7.0, 5.0, 4.0]
 
 
@@ -380,5 +380,5 @@ def test_two_rewards_of_one_name_are_refused_until_one_is_renamed():
     ],
 )
 def test_a_signature_without_images_and_prompts_is_refused_and_shown(function):
-    with pytest.raises(ValueError, match=r"'<lambda>' must take \(images, prompts, \.\.\.\), found \("):
+    with pytest.raises(ValueError, match=r"'custom_reward' must take \(images, prompts, \.\.\.\), found \("):
         load_rewards([function])
