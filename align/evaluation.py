@@ -22,9 +22,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Evaluation:
-    """``metrics`` as logged; ``images`` of the first prompts, on every process: (prompt, its images)."""
+    """``metrics`` as logged; ``rows`` what each prompt scored; ``images`` of the first prompts: (prompt, its images)."""
 
     metrics: dict[str, float]
+    rows: list[dict[str, Any]]
     images: list[tuple[str, list[Image.Image]]]
 
 
@@ -103,9 +104,17 @@ def evaluate_prompts(
     kept = [(i, row_images(images, n, samples)) for n, i in enumerate(mine[:own]) if i < keep_images_of]
     gathered = gather_object([(list(zip(*scores, strict=True))[: own * samples], kept)])
     table = torch.tensor([values for part, _ in gathered for values in part], dtype=torch.float64)
-    metrics = _metrics(table, rewards, samples, prefix)
+    means = _per_prompt(table, rewards, samples)
+    # Processes took every count-th row: back into the order of the data.
+    order = [i for start in range(count) for i in range(start, len(dataset), count)]
+    in_order = {name: [value for _, value in sorted(zip(order, v.tolist(), strict=True))] for name, v in means.items()}
+    scored = [
+        {"data": prefix, "row": i, "prompt": dataset[i]["prompt"]}
+        | {name: None if math.isnan(values[i]) else values[i] for name, values in in_order.items()}
+        for i in range(len(dataset))
+    ]
     shown = sorted((pair for _, part in gathered for pair in part), key=lambda pair: pair[0])
-    return Evaluation(metrics, [(dataset[i]["prompt"], pictures) for i, pictures in shown])
+    return Evaluation(_metrics(means, prefix), scored, [(dataset[i]["prompt"], pictures) for i, pictures in shown])
 
 
 def row_images(images: list[Image.Image], row: int, samples: int) -> list[Image.Image]:
@@ -113,19 +122,27 @@ def row_images(images: list[Image.Image], row: int, samples: int) -> list[Image.
     return images[row * samples : (row + 1) * samples]
 
 
-def _metrics(table: torch.Tensor, rewards: Sequence[Reward], samples: int, prefix: str) -> dict[str, float]:
-    """Means over prompts and their standard errors, from (images, rewards) scores with NaN for not scored."""
+def _per_prompt(table: torch.Tensor, rewards: Sequence[Reward], samples: int) -> dict[str, torch.Tensor]:
+    """(prompts,) means of each reward and of their weighted sum, from (images, rewards) scores; NaN: not scored."""
     weights = torch.tensor([reward.weight for reward in rewards], dtype=table.dtype)
     # The images of one prompt are its group, as in training; an image alone makes up a group with itself.
     copies = 2 if samples == 1 else 1
     total = combine_rewards(table.repeat_interleave(copies, 0), weights, samples * copies)[::copies]
     named = {"reward": total, **{reward.name: table[:, n] for n, reward in enumerate(rewards)}}
-    metrics: dict[str, float] = {f"{prefix}_num_prompts": len(table) // samples}
-    for name, values in named.items():
-        per_prompt = values.view(-1, samples).double().nanmean(1)
-        per_prompt = per_prompt[~per_prompt.isnan()]
-        if len(per_prompt):
-            metrics[f"{prefix}_{name}"] = per_prompt.mean().item()
-            spread = per_prompt.std().item() if len(per_prompt) > 1 else math.nan
-            metrics[f"{prefix}_{name}_se"] = spread / math.sqrt(len(per_prompt))
+    return {name: values.view(-1, samples).double().nanmean(1) for name, values in named.items()}
+
+
+def _metrics(means: dict[str, torch.Tensor], prefix: str) -> dict[str, float]:
+    """Means over prompts and their standard errors."""
+    metrics: dict[str, float] = {f"{prefix}_num_prompts": len(means["reward"])}
+    for name, values in means.items():
+        known = values[~values.isnan()]
+        if len(known):
+            metrics[f"{prefix}_{name}"] = known.mean().item()
+            metrics[f"{prefix}_{name}_se"] = standard_error(known)
     return metrics
+
+
+def standard_error(values: torch.Tensor) -> float:
+    """Of the mean of (N,) independent values; NaN for a single one."""
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan

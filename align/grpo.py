@@ -320,6 +320,7 @@ class GRPOTrainer(FlowTrainer):
         """Held-out rewards by the ODE sampler, and a grid of the first prompts' images."""
         args = self.args
         metrics: dict[str, float] = {}
+        rows: list[dict[str, Any]] = []
         named = {metric_key_prefix: eval_dataset if eval_dataset is not None else self.eval_dataset}
         named |= {f"{metric_key_prefix}_{name}": data for name, data in self.guard_datasets.items()}
         with self.averaged_weights():
@@ -338,8 +339,11 @@ class GRPOTrainer(FlowTrainer):
                     max_failed_fraction=args.max_failed_fraction,
                 )
                 metrics |= result.metrics
+                rows += result.rows
                 if result.images and args.should_save:
                     reports.save_grid(result.images, Path(args.output_dir), self.state.global_step)
+        if args.should_save:
+            reports.save_scores(rows, Path(args.output_dir), self.state.global_step)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
@@ -404,7 +408,7 @@ class GRPOTrainer(FlowTrainer):
                 settings=settings if settings is not None else reports.changed_settings(self.args),
             )
         self.accelerator.wait_for_everyone()
-        return reports.changes_table(history)
+        return reports.changes_table(history, reports.paired_errors(folder))
 
 
 def _nanstd(values: Tensor) -> Tensor:

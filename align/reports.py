@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
@@ -39,6 +40,34 @@ def save_grid(images: Sequence[tuple[str, Sequence[Image.Image]]], folder: Path,
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     grid = image_grid([row for _, row in images], [prompt for prompt, _ in images])
     grid.save(folder / "samples" / f"step-{step:06d}.png")
+
+
+def save_scores(rows: Sequence[dict[str, Any]], folder: Path, step: int) -> None:
+    """``samples/step-N.jsonl`` of a run folder: what each held-out prompt scored."""
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "samples" / f"step-{step:06d}.jsonl").write_text(text, encoding="utf-8")
+
+
+def paired_errors(folder: Path) -> dict[str, float]:
+    """Standard error of each held-out change, prompt by prompt: both evaluations start from the same noise.
+
+    Names are those of :func:`held_out_changes`. Empty when the run was not evaluated before its first update.
+    """
+    files = sorted((folder / "samples").glob("step-*.jsonl"))
+    if len(files) < 2 or files[0].name != "step-000000.jsonl":
+        return {}
+    before, after = (
+        {(row["data"], row["row"]): row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+        for path in (files[0], files[-1])
+    )
+    changes: dict[str, list[float]] = {}
+    for key in before.keys() & after.keys():
+        for name in (before[key].keys() & after[key].keys()) - {"data", "row", "prompt"}:
+            if before[key][name] is not None and after[key][name] is not None:
+                full = f"{key[0]}_{name}".removeprefix("eval_")
+                changes.setdefault(full, []).append(after[key][name] - before[key][name])
+    return {name: statistics.stdev(c) / math.sqrt(len(c)) for name, c in changes.items() if len(c) > 1}
 
 
 def side_by_side(before: Path, after: Path, target: Path) -> None:
@@ -101,11 +130,14 @@ def held_out_changes(log_history: list[dict[str, Any]]) -> list[tuple[str, float
     return rows
 
 
-def changes_table(log_history: list[dict[str, Any]]) -> str:
-    """Markdown table of :func:`held_out_changes`."""
+def changes_table(log_history: list[dict[str, Any]], paired: dict[str, float] | None = None) -> str:
+    """Markdown table of :func:`held_out_changes`; ``paired``: the standard errors of the changes themselves."""
+    paired = paired or {}
     lines = ["| held-out measure | before | after | change |", "|---|---|---|---|"]
     for name, before, before_se, after, after_se in held_out_changes(log_history):
         start, change = (f"{before:.3f} ± {before_se:.3f}", f"{after - before:+.3f}")
+        if name in paired:
+            change += f" ± {paired[name]:.3f}"
         if math.isnan(before):
             start, change = "not measured", ""
         lines.append(f"| {name} | {start} | {after:.3f} ± {after_se:.3f} | {change} |")
@@ -135,7 +167,8 @@ def write_run_folder(folder: Path, log_history: list[dict[str, Any]], **card: An
     if len(grids) > 1 and grids[0].name == "step-000000.png":
         side_by_side(grids[0], grids[-1], folder / "before_after.png")
         pictures.append("before_after.png")
-    text = model_card(title=folder.resolve().name, log_history=log_history, pictures=pictures, **card)
+    table = changes_table(log_history, paired_errors(folder))
+    text = model_card(title=folder.resolve().name, table=table, pictures=pictures, **card)
     (folder / "README.md").write_text(text)
 
 
@@ -147,7 +180,7 @@ def model_card(
     data: str,
     rewards: list[str],
     settings: dict[str, Any],
-    log_history: list[dict[str, Any]],
+    table: str,
     pictures: Sequence[str] = (),
 ) -> str:
     """README.md of a run folder: what it is, how to load it, what it was made from, what changed."""
@@ -168,7 +201,7 @@ def model_card(
         f"# {title}",
         f"Trained with flow-align (GRPO) from `{base_model}`.",
         f"```python\n{code}\n```",
-        f"## Result\n\n{changes_table(log_history)}",
+        f"## Result\n\n{table}",
         *(f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures),
         f"## Data and rewards\n\nPrompts: {data}. Rewards: {', '.join(rewards)}.",
         f"## Settings that differ from the defaults\n\n```json\n{json.dumps(settings, indent=2, default=str)}\n```",

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from align.evaluation import _metrics
+from align.evaluation import _metrics, _per_prompt
 from rewards import Reward
 
 NAN = math.nan
@@ -16,7 +16,7 @@ def rewards(*weights: float) -> list[Reward]:
 
 
 def metrics(table: list[list[float]], *weights: float, samples: int = 1) -> dict[str, float]:
-    return _metrics(torch.tensor(table, dtype=torch.float64), rewards(*weights), samples, "eval")
+    return _metrics(_per_prompt(torch.tensor(table, dtype=torch.float64), rewards(*weights), samples), "eval")
 
 
 def test_mean_and_standard_error_are_over_prompts():

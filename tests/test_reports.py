@@ -5,6 +5,7 @@ import json
 import math
 import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,6 +151,29 @@ def test_a_run_without_evaluation_has_an_empty_table():
     assert len(reports.changes_table(training_log(evaluated=())).splitlines()) == 2
 
 
+def scored(step: int, folder: Path, warm: list[float | None]) -> None:
+    rows = [{"data": "eval", "row": i, "prompt": "p", "warm": w} for i, w in enumerate(warm)]
+    reports.save_scores([*rows, {"data": "eval_full", "row": 0, "prompt": "é", "warm": 1.0}], folder, step)
+
+
+def test_the_error_of_a_change_is_taken_prompt_by_prompt(tmp_path):
+    scored(0, tmp_path, [0.0, 1.0, 0.25, 0.5, None])
+    scored(4, tmp_path, [9.0, 9.0, 9.0, 9.0, 9.0])  # in between
+    scored(8, tmp_path, [0.5, 1.5, 0.75, 1.5, 0.5])  # changes .5 .5 .5 1: standard deviation .25, over four prompts
+    errors = reports.paired_errors(tmp_path)
+    assert errors == {"warm": pytest.approx(0.125)}  # one prompt alone (eval_full) has no spread
+    table = reports.changes_table(training_log(), errors)
+    assert "| warm | 0.500 ± 0.125 | 0.500 ± 0.125 | +0.000 ± 0.125 |" in table
+    assert "| reward | 0.000 ± 0.250 | 1.000 ± 0.250 | +1.000 |" in table
+
+
+def test_without_an_evaluation_before_the_first_update_no_error_of_a_change_is_claimed(tmp_path):
+    assert reports.paired_errors(tmp_path) == {}
+    scored(4, tmp_path, [0.0, 1.0])
+    scored(8, tmp_path, [1.0, 1.0])
+    assert reports.paired_errors(tmp_path) == {}
+
+
 # --- The model card ---
 
 
@@ -162,7 +186,7 @@ def card(**overrides) -> str:
         "settings": reports.changed_settings(args),
         "data": "tiny/background",
         "rewards": ["warm_background (weight 1)", "shapes_following (weight 0)"],
-        "log_history": training_log(),
+        "table": reports.changes_table(training_log()),
         "pictures": ["reward_curve.png", "before_after.png"],
     }
     return reports.model_card(**(settings | overrides))
