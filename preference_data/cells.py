@@ -23,8 +23,7 @@ class Cells:
 
     def is_list(self, *columns: str) -> bool:
         """Whether the first of the columns that is there holds a list."""
-        column, value = self._cell(columns)
-        return isinstance(_unpacked(value), list)
+        return isinstance(_unpacked(self._cell(columns)[1]), list)
 
     def _cell(self, columns: tuple[str, ...]) -> tuple[str, Any]:
         for column in columns:

@@ -27,7 +27,7 @@ def _pickapic(cells: Cells) -> Preference | None:
     """
     if cells.has("has_label") and not cells.number("has_label"):
         return None
-    labels = [cells.number("label_0", low=0, high=1), cells.number("label_1", low=0, high=1)]
+    labels = [cells.number(label, low=0, high=1) for label in ("label_0", "label_1")]
     if abs(sum(labels) - 1) > 1e-3:
         raise BadRow(at(cells.where, "label_0"), f"the labels {labels[0]:g} and {labels[1]:g} do not add up to 1")
     images = [cells.image("jpg_0"), cells.image("jpg_1")]

@@ -142,7 +142,7 @@ def _tar(file: Path) -> Iterator[Row | BadRow]:
     try:
         with tarfile.open(file, "r|*") as archive:
             while (member := archive.next()) is not None:
-                archive.members = []  # it would keep every member's header
+                archive.members = []  # type: ignore[attr-defined]  # it would keep every header
                 content = archive.extractfile(member)
                 folder, _, base = member.name.rpartition("/")
                 stem, dot, ending = base.partition(".")
