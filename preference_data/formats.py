@@ -65,9 +65,10 @@ def _hpdv3(cells: Cells) -> Preference | None:
         votes = [vote or 0.0 for vote in cells.numbers("choice_dist", low=0)]
         if len(votes) != 2:
             raise BadRow(at(cells.where, "choice_dist"), f"expected votes for two images, found {len(votes)}")
-        annotators = max(1, round(sum(votes)))
-        if confidence is None and sum(votes):
-            confidence = votes[0] / sum(votes)
+        total = sum(votes)
+        annotators = max(1, round(total))
+        if confidence is None and total:
+            confidence = votes[0] / total
     first, second = cells.image("path1"), cells.image("path2")
     return Pair(cells.prompt(*PROMPT), first, second, confidence=confidence, annotators=annotators, where=cells.where)
 

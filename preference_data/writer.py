@@ -161,7 +161,7 @@ class RankedWriter:
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         columns = {field.name: str(field.type) for field in self._schema}
-        own = json.loads(json.dumps({"version": _VERSION, "columns": columns, **settings}, sort_keys=True))
+        own = json.loads(json.dumps({**settings, "(version)": _VERSION, "(columns)": columns}, sort_keys=True))
         file = self.folder / SETTINGS
         if not file.is_file():
             # Whoever of several processes comes first writes it; each reads it again, so that all compare with one.
@@ -174,6 +174,8 @@ class RankedWriter:
                 os.link(partial, file)  # unlike a rename, it leaves a file that is there as it is
             except FileExistsError:
                 partial.unlink()
+            except OSError:  # a file system without links
+                partial.replace(file)
             else:
                 partial.unlink()
         try:
@@ -209,7 +211,7 @@ class RankedWriter:
             if file.name.startswith(self._prefix):
                 number = max(number, int(part[3]) + 1)
             try:
-                done.update(pq.read_table(file, columns=["index"])["index"].to_pylist())
+                done.update(_indices(file))
             except (pa.ArrowException, OSError) as error:
                 # Not by this writer, which gives a file its name last: a copy that was cut short, or a lost disk.
                 aside = f"{file.name}.broken"
@@ -217,6 +219,11 @@ class RankedWriter:
                     file.replace(file.with_name(aside))
                 warnings.warn(f"{file} is broken ({error}): kept as {aside}, its rows will be made again", stacklevel=3)
         return done, number
+
+
+def _indices(file: Path) -> list[int]:
+    with pq.ParquetFile(file) as parquet:
+        return parquet.read(columns=["index"])["index"].to_pylist()
 
 
 def _fields(columns: pa.Schema | Mapping[str, pa.DataType] | None) -> list[pa.Field]:
