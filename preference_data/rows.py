@@ -159,8 +159,8 @@ def _tar(file: Path) -> Iterator[Row | BadRow]:
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        name = f"{'/'.join(filter(None, last))!r}, " if last else ""
-        yield BadRow(f"{file}", f"cut short or damaged behind sample {name}the {count}. of it: {error}")
+        good = f"behind sample {'/'.join(filter(None, last))!r}, number {count}" if last else "before the first sample"
+        yield BadRow(str(file), f"cut short or damaged {good}: {error}")
         return
     if key is not None:
         yield sample_row(f"{file}, sample {'/'.join(filter(None, key))!r}", parts, file.parent)

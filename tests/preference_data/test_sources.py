@@ -1,0 +1,240 @@
+"""Finding the rows that a name stands for: files, folders in the usual shapes, data sets in memory and on the hub."""
+
+import datasets
+import huggingface_hub
+import pytest
+from datasets import Dataset, DatasetDict, Features, Value
+from preference_files import encoded, json_lines, json_list, parquet, picture, save, tar
+
+from preference_data import rows as rows_module
+from preference_data.images import ImageSource
+from preference_data.sources import Files, ImageFolder, open_source, tidy
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path, monkeypatch):
+    """No hub, and a cache of one's own."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "data_set").mkdir()
+    return tmp_path / "data_set"
+
+
+def numbers(name, split="train") -> list:
+    return [row.values["n"] for row in open_source(name, split)]
+
+
+def n(*values) -> list[dict]:
+    return [{"n": value} for value in values]
+
+
+# --- Files and folders ---
+
+
+def test_a_file_is_every_split(folder):
+    file = json_lines(folder / "a.jsonl", n(1, 2))
+    assert numbers(file) == numbers(str(file), "test") == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.parquet", "test.parquet"),
+        ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"),
+        ("metadata-train.parquet", "metadata-test.parquet"),
+        ("train-0.parquet", "test_unique-0.parquet"),
+        ("train_000.parquet", "validation.parquet"),
+        ("train/part-0.parquet", "test/part-0.parquet"),
+        ("mine.parquet", "train/a.parquet", "train.parquet"),
+    ],
+)
+def test_a_local_copy_of_a_hub_data_set_gives_its_split(folder, names):
+    for name in names[:-1]:
+        parquet(folder / name, n(0))
+    parquet(folder / names[-1], n(9))
+    split = {"train.parquet": "train"}.get(names[-1], names[-1].removeprefix("data/").removeprefix("metadata-"))
+    split = split.split("-")[0].split(".")[0].split("/")[0]
+    assert numbers(folder, split) == [9]
+
+
+def test_shards_are_read_in_the_order_of_their_names(folder):
+    for shard in (2, 0, 1):
+        parquet(folder / f"data/train-0000{shard}-of-00003.parquet", n(shard))
+    assert numbers(folder) == [0, 1, 2]
+    for shard in (2, 0, 1):
+        tar(folder / f"tars/name-00{shard}.tar", [("a.json", {"n": shard}), ("b.json", {"n": -shard})])
+    assert numbers(folder / "tars") == [0, 0, 1, -1, 2, -2]
+
+
+def test_a_split_of_any_name_is_found_by_it(folder):
+    parquet(folder / "favourites.parquet", n(1))
+    parquet(folder / "others.parquet", n(2))
+    assert numbers(folder, "favourites") == [1]
+    assert numbers(folder, "all") == [1, 2]  # no name of a split at all
+
+
+def test_a_folder_with_splits_but_not_this_one_says_which(folder):
+    json_lines(folder / "train.jsonl", n(1))
+    json_lines(folder / "validation_unique.jsonl", n(1))
+    with pytest.raises(FileNotFoundError, match=r"no data for the split 'test'. It has: train, validation_unique"):
+        open_source(folder, "test")
+    save(folder / "more", "train/a.png")
+    with pytest.raises(FileNotFoundError, match=r"no data for the split 'test'. It has: train$"):
+        open_source(folder / "more", "test")
+
+
+def test_rows_are_not_read_twice_where_they_lie_in_two_kinds_of_files(folder):
+    parquet(folder / "a.parquet", n(1))
+    json_list(folder / "a.json", n(1))
+    json_list(folder / "writer.json", n(7))
+    assert numbers(folder) == [1]
+    (folder / "a.parquet").unlink()
+    assert numbers(folder) == [1]
+
+
+def test_no_file_is_opened_before_its_rows_are_due(folder, monkeypatch):
+    for shard in range(4):
+        parquet(folder / f"part-{shard}.parquet", n(*range(40 * shard, 40 * shard + 40)))
+    opened = []
+    plain = rows_module.pq.ParquetFile
+    monkeypatch.setattr(rows_module.pq, "ParquetFile", lambda file, **o: opened.append(file.name) or plain(file, **o))
+    source = open_source(folder, "train")
+    assert opened == []
+    rows = iter(source)
+    assert [next(rows).values["n"] for _ in range(40)] == list(range(40))
+    assert opened == ["part-0.parquet"]
+    assert next(rows).values["n"] == 40 and opened == ["part-0.parquet", "part-1.parquet"]
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", "./gone", "~/gone", "gone.tar", "gone.tar.gz"])
+def test_a_path_that_is_not_there_is_no_hub_name(folder, name, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(folder))
+    with pytest.raises(FileNotFoundError, match=r"gone\S* does not exist\.$"):
+        open_source(name, "train")
+
+
+def test_a_missing_file_names_the_nearest(folder):
+    json_lines(folder / "pairs.jsonl", n(1))
+    with pytest.raises(FileNotFoundError, match=r"does not exist\. Did you mean 'pairs\.jsonl'\?"):
+        open_source(folder / "pair.jsonl", "train")
+
+
+def test_an_unknown_ending_and_an_empty_folder_say_what_would_do(folder):
+    (folder / "a.xlsx").touch()
+    with pytest.raises(ValueError, match=r"cannot read rows from .*a\.xlsx: known endings are \.parquet, \.tar"):
+        open_source(folder / "a.xlsx", "train")
+    with pytest.raises(FileNotFoundError, match="has no data: no file ending in"):
+        open_source(folder, "train")
+
+
+# --- Image folders ---
+
+
+def images_of(source) -> list[tuple]:
+    found = []
+    for row in source:
+        image = ImageSource.of(row.values["image"], row.where, row.folder)
+        found.append((image.path.relative_to(source.folder).as_posix(), row.values.get("prompt")))
+    return found
+
+
+def test_images_come_with_the_text_beside_them_and_from_subfolders(folder):
+    save(folder, "b.png", "a.jpg", "sub/c.webp", ".hidden.png", ".git/d.png")
+    (folder / "a.txt").write_text(" a caption\n", encoding="utf-8")
+    (folder / "sub" / "c.txt").write_text("\ufeffanother", encoding="utf-8")
+    source = open_source(folder, "train")
+    assert images_of(source) == [("a.jpg", "a caption"), ("b.png", None), ("sub/c.webp", "another")]
+    assert source.uncaptioned() == folder / "b.png"
+
+
+def test_metadata_gives_the_captions_and_what_it_leaves_out_has_none(folder):
+    save(folder, "a.png", "sub/b.png", "c.png")
+    (folder / "c.txt").write_text("not with metadata")
+    rows = [{"file_name": "sub/b.png", "prompt": "bee"}, {"file_name": "./a.png", "prompt": "ay"}]
+    json_lines(folder / "metadata.jsonl", rows)
+    assert images_of(open_source(folder, "train")) == [("sub/b.png", "bee"), ("a.png", "ay"), ("c.png", None)]
+
+
+def test_metadata_may_lie_in_the_folder_of_the_split(folder):
+    save(folder, "train/a.png", "test/b.png")
+    for split, name in (("train", "a.png"), ("test", "b.png")):
+        json_lines(folder / split / "metadata.jsonl", [{"file_name": name, "prompt": split}])
+    assert images_of(open_source(folder, "test")) == [("b.png", "test")]
+
+
+def test_metadata_of_several_images_a_row_is_all_there_is(folder):
+    save(folder, "a.png", "b.png")
+    row = {"prompt": "p", "chosen_file_name": "a.png", "rejected_file_name": "b.png", "file_names": ["a.png"]}
+    json_lines(folder / "metadata.jsonl", [row])
+    (found,) = open_source(folder, "train")
+    assert found.values["chosen"] == "a.png" and found.values["rejected"] == "b.png"
+    assert found.values["images"] == ["a.png"] and found.folder == folder
+
+
+def test_columns_are_renamed_only_where_it_is_meant():
+    assert tidy({"file_name": 1, "other_file_names": 2, "profile_name": 3}) == {
+        "image": 1,
+        "other": 2,
+        "file_name": 1,
+        "other_file_names": 2,
+        "profile_name": 3,
+    }
+    assert tidy({"file_name": 1, "image": 2})["image"] == 2
+
+
+def test_a_caption_that_is_no_text_is_named(folder):
+    save(folder, "a.png")
+    (folder / "a.txt").write_bytes(b"\xff\xfe\xff")
+    (bad,) = ImageFolder(folder)
+    assert str(bad).startswith(f"{folder / 'a.txt'}: the caption cannot be read")
+
+
+# --- Data sets in memory, saved, and on the hub ---
+
+
+def test_a_data_set_in_memory_gives_images_as_they_are_stored():
+    features = Features({"n": Value("int64"), "image": datasets.Image()})
+    data = Dataset.from_dict({"n": [1, 2], "image": [picture(1), {"bytes": encoded(2), "path": None}]}, features)
+    for dataset in (data, data.to_iterable_dataset()):
+        rows = list(open_source(dataset, "train"))
+        assert [row.where for row in rows] == ["the data set, row 0", "the data set, row 1"]
+        assert [row.values["n"] for row in rows] == [1, 2] and rows[1].values["image"]["bytes"] == encoded(2)
+        pixels = [ImageSource.of(row.values["image"], "x").open().tobytes() for row in rows]
+        assert pixels == [picture(1).tobytes(), picture(2).tobytes()]
+
+
+def test_samples_of_the_webdataset_builder_become_rows(folder):
+    file = tar(folder / "a.tar", [("s.0.png", encoded(1)), ("s.1.png", encoded(2)), ("s.json", {"scores": [1, 2]})])
+    data = datasets.load_dataset("webdataset", data_files=[str(file)], split="train", streaming=True)
+    (row,) = open_source(data, "train")
+    assert row.values["scores"] == [1, 2] and row.where == "the data set, row 0, sample 's'"
+    assert [image["bytes"] for image in row.values["images"]] == [encoded(1), encoded(2)]
+
+
+def test_what_was_saved_to_disk_is_read(folder):
+    Dataset.from_list(n(1, 2)).save_to_disk(folder / "one")
+    DatasetDict({"test": Dataset.from_list(n(3))}).save_to_disk(folder / "several")
+    assert numbers(folder / "one") == [1, 2] and numbers(folder / "several", "test") == [3]
+
+
+def test_several_splits_in_memory_are_refused():
+    with pytest.raises(ValueError, match="the data set has several splits, a, b: give one of them"):
+        open_source(DatasetDict({"a": Dataset.from_list(n(1)), "b": Dataset.from_list(n(2))}), "a")
+
+
+def test_a_hub_name_out_of_reach_says_what_to_do(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for streaming in (False, True):
+        with pytest.raises(FileNotFoundError, match="'somebody/pairs' is no file or folder here, .* Give a path"):
+            open_source("somebody/pairs", "train", streaming=streaming)
+
+
+def test_a_source_can_be_read_again(folder):
+    source = Files("x", [json_lines(folder / "a.jsonl", n(1))])
+    assert list(source) == list(source)
