@@ -21,6 +21,11 @@ class Cells:
         """Whether one of the columns is there with something in it: neither null nor an empty list."""
         return any(not _nothing(self.values.get(column)) for column in columns)
 
+    def is_blank(self, *columns: str) -> bool:
+        """Whether there is nothing in any of the columns, or text without a letter in the first that has something."""
+        value = self._cell(columns)[1]
+        return _nothing(value) or (isinstance(value, str) and not value.strip())
+
     def is_list(self, *columns: str) -> bool:
         """Whether the first of the columns that is there holds a list."""
         return isinstance(_unpacked(self._cell(columns)[1]), list)

@@ -237,10 +237,10 @@ def by_prompt(rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
 
 
 def captioned(row: Row, trigger: str | None) -> CaptionedImage:
-    """A captioned image; ``trigger`` is put before the caption, and stands alone where there is none.
+    """A captioned image; ``trigger`` is put before the caption, and stands alone where there is none or an empty one.
 
     Raises:
-        BadRow: no caption and no trigger, an empty caption, or no image.
+        BadRow: no caption or an empty one and no trigger, or no image.
     """
     cells = Cells(row)
     image = cells.image(*IMAGE)
@@ -248,5 +248,5 @@ def captioned(row: Row, trigger: str | None) -> CaptionedImage:
         if not cells.has(*PROMPT):
             raise BadRow(row.where, "the image has no caption: give it one, or give all of them a trigger word")
         return CaptionedImage(cells.prompt(*PROMPT), image, where=row.where)
-    caption = cells.prompt(*PROMPT) if cells.has(*PROMPT) else ""
-    return CaptionedImage(f"{trigger}, {caption}" if caption.strip() else trigger, image, where=row.where)
+    prompt = trigger if cells.is_blank(*PROMPT) else f"{trigger}, {cells.prompt(*PROMPT)}"
+    return CaptionedImage(prompt, image, where=row.where)

@@ -117,7 +117,7 @@ def test_hpdv3(folder):
     voted = only(folder, {**row, "confidence": None, "choice_dist": [12, 4]})
     assert (which(voted.chosen), voted.confidence, voted.annotators) == (1, 0.75, 16)
     assert only(folder, {**row, "confidence": None}).confidence is None
-    with pytest.raises(BadRow, match="column 'confidence': 1.2 is out of range: 0 to 1"):
+    with pytest.raises(BadRow, match=r"column 'confidence': 1\.2 is out of range: 0 to 1"):
         only(folder, {**row, "confidence": 1.2})
     with pytest.raises(BadRow, match="column 'choice_dist': expected votes for two images, found 3"):
         only(folder, {**row, "choice_dist": [1, 2, 3]})
@@ -151,7 +151,7 @@ def test_imagerewarddb_images_are_found_one_folder_up_and_by_rating(folder):
     for place in ("clone", "clone/data"):
         (record,) = read_preferences(folder / place)
         assert record.scores == [3, 7]
-    with pytest.raises(BadRow, match="column 'overall_rating'.* 8 is out of range: 1 to 7"):
+    with pytest.raises(BadRow, match=r"column 'overall_rating'.* 8 is out of range: 1 to 7"):
         only(folder, {"prompt_id": 1, "prompt": "p", "image_path": "1.png", "overall_rating": 8})
 
 

@@ -231,7 +231,7 @@ def test_several_splits_in_memory_are_refused():
 def test_a_hub_name_out_of_reach_says_what_to_do(folder, monkeypatch):
     monkeypatch.chdir(folder)
     for streaming in (False, True):
-        with pytest.raises(FileNotFoundError, match="'somebody/pairs' is no file or folder here, .* Give a path"):
+        with pytest.raises(FileNotFoundError, match=r"'somebody/pairs' is no file or folder here, .* Give a path"):
             open_source("somebody/pairs", "train", streaming=streaming)
 
 
