@@ -113,9 +113,10 @@ def _csv(file: Path) -> Iterator[Row | BadRow]:
 
 
 def _parquet(file: Path) -> Iterator[Row | BadRow]:
+    """Row group by row group, which is what is in memory at once; rows become Python objects a few at a time."""
     try:
-        # Without pre_buffer, which would read a whole row group ahead.
-        parquet = pq.ParquetFile(file, pre_buffer=False)
+        # What Arrow holds is about one row group, with these settings without a second copy of it; it cannot do less.
+        parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=_CHUNK)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise
@@ -126,7 +127,7 @@ def _parquet(file: Path) -> Iterator[Row | BadRow]:
         for group in range(parquet.num_row_groups):
             row = first
             try:
-                for batch in parquet.iter_batches(_PARQUET_ROWS, row_groups=[group]):
+                for batch in parquet.iter_batches(_PARQUET_ROWS, row_groups=[group], use_threads=False):
                     for values in batch.to_pylist():
                         yield Row(f"{file}, row {row}", values, file.parent)
                         row += 1

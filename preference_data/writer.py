@@ -140,7 +140,8 @@ class RankedWriter:
         target = self.folder / f"{self._prefix}{self._next:06d}.parquet"
         partial = target.with_name(f".{target.name}.partial")
         with partial.open("wb") as file:
-            pq.write_table(table, file, row_group_size=_GROUP)
+            # No dictionary for the images, which never repeat.
+            pq.write_table(table, file, row_group_size=_GROUP, use_dictionary=["prompt"])
             file.flush()
             os.fsync(file.fileno())
         partial.replace(target)

@@ -111,9 +111,13 @@ def test_a_run_goes_on_with_other_processes(tmp_path):
 
 
 def test_rows_before_an_error_are_kept(tmp_path):
-    with pytest.raises(KeyboardInterrupt), RankedWriter(tmp_path) as writer:
-        fill(writer, 0)
-        raise KeyboardInterrupt
+    def interrupted():
+        with RankedWriter(tmp_path) as writer:
+            fill(writer, 0)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert RankedWriter(tmp_path).done == {0}
 
 
