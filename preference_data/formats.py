@@ -179,7 +179,9 @@ def find_layout(columns: list[str], source: str, name: str | None = None) -> Lay
         if not layout.lacking(columns):
             return layout
     if name is None and all(set(names) & set(columns) for names in _CAPTIONED):
-        raise ValueError(f"{source} holds captioned images, not preferences: it has the columns {columns}")
+        raise ValueError(
+            f"{source} holds captioned images, for read_captioned, not preferences: it has the columns {columns}"
+        )
     nearest = min(tried, key=lambda layout: len(layout.lacking(columns)) / len(layout.required))
     lacking = nearest.lacking(columns)
     close = get_close_matches(lacking[0][0], columns, n=1, cutoff=0.5)

@@ -223,6 +223,8 @@ def read_captioned(
             raise BadRow(
                 str(bare), f"the image has no caption: write {bare.stem}.txt beside it, or give a trigger word"
             )
+    if isinstance(source, ImageFolder) and image_folder is not None:
+        raise ValueError(f"image_folder is for files with paths in them; {source.name} holds the images itself")
     beside = isinstance(source, ImageFolder) and source.metadata is None
     needed = (IMAGE,) if beside or trigger is not None else (IMAGE, PROMPT)
     for names in needed:

@@ -178,7 +178,7 @@ def _folder(path: Path, split: str) -> Source:
     for place in (path, path / "data", path / split):
         named = [file for file in _data_files(place) if _split_of(file.name, split) == split]
         if named:
-            return Files(str(place), _one_kind(named))
+            return _files(place, _one_kind(named))
     if any((path / split / name).is_file() for name in _METADATA):
         return ImageFolder(path / split)
     other = {_split_of(file.name, split) for place in (path, path / "data") for file in _data_files(place)}
@@ -191,10 +191,14 @@ def _folder(path: Path, split: str) -> Source:
             return ImageFolder(place)
         files = _one_kind(_data_files(place))
         if files:
-            return Files(str(place), files)
+            return _files(place, files)
         if place.is_dir() and next(ImageFolder(place).images(), None) is not None:
             return ImageFolder(place)
     raise FileNotFoundError(f"{path} has no data: no file ending in {', '.join(READERS)}, and no image")
+
+
+def _files(place: Path, files: list[Path]) -> Files:
+    return Files(str(files[0] if len(files) == 1 else place), files)
 
 
 def _data_files(folder: Path) -> list[Path]:

@@ -107,7 +107,7 @@ class RankedWriter:
 
         Raises:
             ValueError: an index that is there already, an empty prompt, numbers of images and scores that differ, a
-                score that is not finite, or an unknown reward or column.
+                score that is not finite, an unknown reward or column, or a value that is not of its column's type.
         """
         place = f"row {index}"
         if index in self._done or any(row["index"] == index for row in self._rows):
@@ -119,6 +119,8 @@ class RankedWriter:
             unknown = [name for name in given if name not in known]
             if unknown:
                 raise ValueError(f"{place}: unknown {kind} {unknown[0]!r}; the writer has {', '.join(known) or 'none'}")
+        for field in self._extra:
+            _check_type(extra.get(field.name), field, place)
         row: dict[str, Any] = {"index": int(index), "prompt": prompt, "scores": _checked(scores, images, place)}
         for name in self.rewards:
             row[f"scores_{name}"] = _checked(rewards.get(name, [None] * len(images)), images, f"{place}, {name}")
@@ -133,10 +135,7 @@ class RankedWriter:
         """Write the rows that are still in memory to a file of their own, whole or not at all."""
         if not self._rows:
             return
-        try:
-            table = pa.Table.from_pylist(self._rows, schema=self._schema)
-        except (pa.ArrowException, TypeError) as error:
-            raise ValueError(f"a column does not fit its type: {error}") from error
+        table = pa.Table.from_pylist(self._rows, schema=self._schema)
         target = self.folder / f"{self._prefix}{self._next:06d}.parquet"
         partial = target.with_name(f".{target.name}.partial")
         with partial.open("wb") as file:
@@ -253,6 +252,13 @@ def _checked(scores: Sequence[float | None], images: Sequence[Any], place: str) 
         if value is not None and not math.isfinite(value):
             raise ValueError(f"{place}: the score {value} is not finite; None is for what could not be scored")
     return values
+
+
+def _check_type(value: Any, field: pa.Field, place: str) -> None:
+    try:
+        pa.array([value], type=field.type)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{place}, column {field.name!r}: {value!r} is no {field.type}: {error}") from None
 
 
 def _encoded(image: Image.Image | bytes) -> bytes:

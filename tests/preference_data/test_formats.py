@@ -258,7 +258,7 @@ def test_every_format_is_found_from_no_more_than_it_needs():
         ),
         (["prompt", "path1"], ["nearest, 'hpdv3'", "'path2'"]),
         (["chosen", "rejected"], ["nearest, 'pairs'", "needs the column 'prompt' or 'caption' or 'text'"]),
-        (["prompt", "image"], ["x holds captioned images, not preferences"]),
+        (["prompt", "image"], ["x holds captioned images, for read_captioned, not preferences"]),
     ],
 )
 def test_columns_that_fit_no_format_name_the_nearest_and_what_it_lacks(columns, fragments):

@@ -118,6 +118,7 @@ def test_every_mode_becomes_rgb(mode):
 # --- Broken images ---
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
 def test_an_image_cut_short_is_broken(kind, tmp_path):
     content = as_bytes(noise(), kind)

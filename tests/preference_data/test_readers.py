@@ -190,6 +190,11 @@ def test_a_trigger_word_for_all(style):
         read_captioned(style, trigger=" ")
 
 
+def test_an_image_folder_has_its_images_itself(style):
+    with pytest.raises(ValueError, match=r"image_folder is for files with paths in them; .*style holds the images"):
+        read_captioned(style, trigger="x", image_folder=style)
+
+
 def test_an_empty_caption_is_named(style):
     for name in ("a", "b", "sub/c"):
         (style / f"{name}.txt").write_text("x" if name != "b" else " \n")

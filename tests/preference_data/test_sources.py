@@ -209,6 +209,12 @@ def test_a_data_set_in_memory_gives_images_as_they_are_stored():
         assert pixels == [picture(1).tobytes(), picture(2).tobytes()]
 
 
+def test_a_generator_of_pictures_gives_them():
+    data = datasets.IterableDataset.from_generator(lambda: iter([{"image": picture(1), "prompt": "p"}]))
+    (row,) = open_source(data, "train")
+    assert ImageSource.of(row.values["image"], "x").open().tobytes() == picture(1).tobytes()
+
+
 def test_samples_of_the_webdataset_builder_become_rows(folder):
     file = tar(folder / "a.tar", [("s.0.png", encoded(1)), ("s.1.png", encoded(2)), ("s.json", {"scores": [1, 2]})])
     data = datasets.load_dataset("webdataset", data_files=[str(file)], split="train", streaming=True)

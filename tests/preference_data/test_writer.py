@@ -250,11 +250,17 @@ def test_a_row_that_does_not_fit_is_refused(tmp_path, change, message):
 
 
 def test_a_value_of_another_type_is_refused(tmp_path):
-    writer = RankedWriter(tmp_path, columns={"seed": pa.int64()})
-    writer.write(0, "p", [picture(1)], [1], extra={"seed": "three"})
-    with pytest.raises(ValueError, match="a column does not fit its type"):
-        writer.flush()
-    assert parts(tmp_path) == []
+    columns = pa.schema([("seed", pa.int64()), ("spec", pa.struct([("n", pa.int64())]))])
+    with RankedWriter(tmp_path, columns=columns) as writer:
+        for extra, message in (
+            ({"seed": "three"}, "row 0, column 'seed': 'three' is no int64"),
+            ({"seed": 2**70}, "row 0, column 'seed': .* is no int64"),
+            ({"spec": {"n": [1]}}, r"row 0, column 'spec': .* is no struct<n: int64>"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                writer.write(0, "p", [picture(1)], [1], extra=extra)
+        writer.write(0, "p", [picture(1)], [1], extra={"seed": 3})
+    assert indices(tmp_path) == [0]
 
 
 def test_wrong_arguments_are_refused(tmp_path):
