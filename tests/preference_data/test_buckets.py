@@ -1,0 +1,60 @@
+"""Aspect-ratio buckets: nothing is distorted, and little is cropped."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from preference_data.buckets import Bucket, cropped_share, fit, make_buckets, nearest_bucket
+
+
+def test_buckets_have_the_area_asked_for_and_sides_that_divide():
+    buckets = make_buckets(512, 16, 2.0)
+    assert Bucket(512, 512) in buckets and len(set(buckets)) == len(buckets)
+    for bucket in buckets:
+        assert bucket.height % 16 == bucket.width % 16 == 0
+        assert max(bucket) / min(bucket) <= 2.0
+        assert bucket.height * bucket.width == pytest.approx(512**2, rel=0.03)
+        assert Bucket(bucket.width, bucket.height) in buckets
+
+
+def test_an_aspect_ratio_of_one_is_the_square_alone():
+    assert make_buckets(64, 16, 1.0) == [Bucket(64, 64)]
+
+
+def test_an_image_goes_to_the_nearest_ratio():
+    buckets = [Bucket(64, 64), Bucket(48, 80), Bucket(80, 48)]
+    assert nearest_bucket(1000, 990, buckets) == Bucket(64, 64)
+    assert nearest_bucket(1600, 1000, buckets) == Bucket(48, 80)
+    assert nearest_bucket(1000, 1600, buckets) == Bucket(80, 48)
+
+
+@pytest.mark.parametrize("size", [(640, 400), (100, 63), (1000, 300)])
+def test_a_circle_stays_a_circle(size):
+    """The image is a disc in its middle; whatever bucket it goes to, its width and height stay equal."""
+    width, height = size
+    y, x = np.mgrid[:height, :width]
+    disc = (x - width / 2 + 0.5) ** 2 + (y - height / 2 + 0.5) ** 2 < (0.3 * height) ** 2
+    picture = Image.fromarray((disc * 255).astype(np.uint8)).convert("RGB")
+    bucket = nearest_bucket(width, height, make_buckets(128, 16, 2.0))
+    seen = np.asarray(fit(picture, bucket))[..., 0] > 127
+    assert seen.shape == tuple(bucket)
+    wide, high = np.flatnonzero(seen.any(0)), np.flatnonzero(seen.any(1))
+    assert abs(len(wide) - len(high)) <= 1
+    assert abs((wide[0] + wide[-1]) / 2 - (bucket.width - 1) / 2) <= 1
+
+
+def test_cropping_is_what_stands_over():
+    assert cropped_share(200, 100, Bucket(64, 64)) == pytest.approx(0.5)
+    assert cropped_share(128, 64, Bucket(32, 64)) == 0
+    picture = Image.fromarray(np.repeat(np.arange(200, dtype=np.uint8)[None], 100, 0)).convert("RGB")
+    kept = np.asarray(fit(picture, Bucket(100, 100)))[50, :, 0]
+    assert (kept == np.arange(50, 150)).all()  # the middle, as it was
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((500, 16), "must be a multiple of 16: the nearest is 496"), ((64, 16, 0.5), "at least 1, found 0.5")],
+)
+def test_what_cannot_be_is_said(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_buckets(*arguments)
