@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from trl import TrlParser
 
 from align.models.loading import check_resolution, nearest, resolve_folder
-from align.tiny import PROMPTS
+from align.tiny import IMAGES, PROMPTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 logger = logging.getLogger(__name__)
@@ -100,10 +100,10 @@ def resolve_dataset(name: str) -> str:
     family, _, rest = name.partition("/")
     if family != "tiny" or Path(name).exists():
         return name
-    there = sorted(p.name for p in PROMPTS.iterdir() if p.is_dir())
+    there = {place.name: place for root in (PROMPTS, IMAGES) for place in sorted(root.iterdir()) if place.is_dir()}
     if rest not in there:
         raise FileNotFoundError(f"no embedded data set {name!r}." + nearest(rest, [f"tiny/{t}" for t in there]))
-    return str(PROMPTS / rest)
+    return str(there[rest])
 
 
 def parse(dataclass_types: Sequence[type], argv: Iterable[str] | None = None) -> tuple[Any, ...]:

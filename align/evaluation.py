@@ -15,6 +15,7 @@ from torch import nn
 from align.advantages import combine_rewards
 from align.models.base import FlowModel
 from align.rollout import ImageKey, SamplingPlan, rollout
+from preference_data.prompts import check_prompts
 from rewards import Reward, RewardError, score
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,14 @@ class Evaluation:
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
     images: list[tuple[str, list[Image.Image]]]
+
+
+def check_columns(rewards: Sequence[Reward], datasets: Sequence[Dataset]) -> None:
+    """Raise ValueError for data without prompts, or without a column that a reward asks for by name."""
+    for dataset in datasets:
+        check_prompts(dataset)
+        for reward in rewards:
+            reward.check_columns(dataset.column_names)
 
 
 def columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -100,7 +109,7 @@ def evaluate_prompts(
     keys = [ImageKey(seed, "eval", i, sample) for i in mine for sample in range(samples)]
     deterministic = replace(plan, sde_steps=(), noise_level=0.0)
     images = rollout(model, prompts, keys, deterministic, transformer=transformer).images
-    scores = score_rows(rewards, images, rows, max_failed_fraction)
+    scores = score_rows(rewards, images, rows, max_failed_fraction) if rewards else [[math.nan] * len(rows)]
     kept = [(i, row_images(images, n, samples)) for n, i in enumerate(mine[:own]) if i < keep_images_of]
     gathered = gather_object([(list(zip(*scores, strict=True))[: own * samples], kept)])
     table = torch.tensor([values for part, _ in gathered for values in part], dtype=torch.float64)
@@ -114,7 +123,11 @@ def evaluate_prompts(
         for i in range(len(dataset))
     ]
     shown = sorted((pair for _, part in gathered for pair in part), key=lambda pair: pair[0])
-    return Evaluation(_metrics(means, prefix), scored, [(dataset[i]["prompt"], pictures) for i, pictures in shown])
+    return Evaluation(
+        _metrics(means, prefix) if rewards else {},
+        scored if rewards else [],
+        [(dataset[i]["prompt"], pictures) for i, pictures in shown],
+    )
 
 
 def row_images(images: list[Image.Image], row: int, samples: int) -> list[Image.Image]:
@@ -124,6 +137,8 @@ def row_images(images: list[Image.Image], row: int, samples: int) -> list[Image.
 
 def _per_prompt(table: torch.Tensor, rewards: Sequence[Reward], samples: int) -> dict[str, torch.Tensor]:
     """(prompts,) means of each reward and of their weighted sum, from (images, rewards) scores; NaN: not scored."""
+    if not rewards:
+        return {}
     weights = torch.tensor([reward.weight for reward in rewards], dtype=table.dtype)
     # The images of one prompt are its group, as in training; an image alone makes up a group with itself.
     copies = 2 if samples == 1 else 1

@@ -21,10 +21,10 @@ Deviations from the report:
 
 import json
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from datasets import Dataset
 from peft import PeftConfig
@@ -35,16 +35,18 @@ from trl.trainer.utils import RepeatSampler
 
 from align import reports
 from align.advantages import GroupAdvantages, group_advantages
-from align.arguments import DTYPES, ModelArguments, check_launch, parse, plain_errors
+from align.arguments import ModelArguments, check_launch, parse, plain_errors
 from align.buffer import MicroBatch, TransitionBuffer
-from align.evaluation import evaluate_prompts, score_rows
+from align.evaluation import score_rows
 from align.flow import Transition
 from align.grpo_config import DataArguments, GRPOConfig, check_data
+from align.launch import load_model, train_and_finish
 from align.losses import gaussian_kl, grpo_policy_loss
-from align.metrics import RunMetrics
 from align.models.base import FlowModel
+from align.ranking import extra_columns, write_groups
 from align.rollout import ImageKey, Rollout, rollout, velocity_fn
 from align.trainer import FlowTrainer
+from preference_data.writer import RankedWriter
 from rewards import RewardError, load_rewards
 
 logger = logging.getLogger(__name__)
@@ -84,6 +86,9 @@ class GRPOTrainer(FlowTrainer):
     """
 
     args: GRPOConfig
+    algorithm = "GRPO"
+    phases = ("rollout", "reward", "update")
+    stops = (RewardError, ConsistencyError)
 
     def __init__(
         self,
@@ -96,10 +101,9 @@ class GRPOTrainer(FlowTrainer):
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        self.rewards = load_rewards(rewards)
-        self.reward_weights = torch.tensor([reward.weight for reward in self.rewards])
-        self.guard_datasets = guard_datasets or {}
-        check_data(self.rewards, args, train_dataset, eval_dataset, self.guard_datasets)
+        scored_by = load_rewards(rewards)
+        self.reward_weights = torch.tensor([reward.weight for reward in scored_by])
+        check_data(scored_by, args, train_dataset, eval_dataset, guard_datasets or {})
         args.check_world(args.world_size)
         if getattr(peft_config, "lora_dropout", 0):
             raise ValueError(f"lora_dropout must be 0: {_NO_DROPOUT}")
@@ -107,19 +111,23 @@ class GRPOTrainer(FlowTrainer):
             from align.models.qwen_image import QwenImage
 
             model = QwenImage.from_pretrained(model)
-        model.latent_shape(args.height, args.width)
-        super().__init__(model, args, train_dataset, eval_dataset, peft_config, callbacks)
+        super().__init__(
+            model,
+            args,
+            train_dataset,
+            rewards=scored_by,
+            eval_prompts=eval_dataset,
+            guard_datasets=guard_datasets,
+            peft_config=peft_config,
+            callbacks=callbacks,
+        )
         if args.beta > 0:
-            if not model.adapter and self.is_deepspeed_enabled and args.hf_deepspeed_config.is_zero3():
-                raise ValueError(
-                    "beta > 0 has nothing to refer to: a full fine-tune needs a frozen copy of the model, which ZeRO-3 "
-                    "does not shard here. Set beta: 0, train an adapter, or use ZeRO-2"
-                )
+            self.check_reference("beta > 0")
             model.keep_reference()
         self._buffer: TransitionBuffer | None = None
         self._micro_step: int | None = None  # micro-batches taken since the start of the run
-        self.metrics = RunMetrics()
         self._consistent = False
+        self._writer: RankedWriter | None = None
         self._dead_in_a_row = 0
 
     # -- prompts: each rollout's rows are handed out again for every micro-batch taken from it ----------------------
@@ -171,6 +179,9 @@ class GRPOTrainer(FlowTrainer):
         with self.metrics.timed("reward"):
             rewards = self._score(rows, result)
         self.metrics.forward_equivalents += result.forwards
+        mine = slice(args.process_index * len(rows), (args.process_index + 1) * len(rows))
+        if args.save_rollouts:
+            self._save_rollout(rows, result, rewards[mine], update)
         group = group_advantages(
             rewards,
             args.num_generations,
@@ -180,7 +191,6 @@ class GRPOTrainer(FlowTrainer):
             clip=args.advantage_clip,
         )
         self._record_rewards(rewards, group)
-        mine = slice(args.process_index * len(rows), (args.process_index + 1) * len(rows))
         buffer = TransitionBuffer(
             transitions=Transition.cat(result.transitions),
             prompts=prompts,
@@ -197,6 +207,32 @@ class GRPOTrainer(FlowTrainer):
         if not self._consistent:
             self._check_consistency(buffer)
         return buffer
+
+    def _save_rollout(self, rows: list[dict[str, Any]], result: Rollout, rewards: Tensor, update: int) -> None:
+        """Append this process's groups to ``output_dir/rollouts``; a resumed run finds those that are there."""
+        args, groups = self.args, len(rows) // self.args.num_generations
+        if self._writer is None:
+            columns = [*extra_columns(self.train_dataset), pa.field("update", pa.int64())]
+            self._writer = RankedWriter(
+                Path(args.output_dir) / "rollouts",
+                shard=(args.process_index, args.world_size),
+                rows_per_file=groups,
+                rewards=[reward.name for reward in self.rewards],
+                columns=pa.schema(columns),
+            )
+        first = update * (args.generation_batch_size // args.num_generations) + args.process_index * groups
+        if first not in self._writer.done:
+            numbers, table = range(first, first + groups), rewards.T.tolist()
+            write_groups(
+                self._writer,
+                numbers,
+                rows,
+                result.images,
+                self.rewards,
+                table,
+                args.num_generations,
+                {"update": update},
+            )
 
     def _record_rewards(self, rewards: Tensor, group: GroupAdvantages) -> None:
         groups = group.rewards.view(-1, self.args.num_generations)
@@ -235,7 +271,7 @@ class GRPOTrainer(FlowTrainer):
                 replayed = self._replay(buffer, batch, self.model_wrapped)
             deviation = (torch.exp(replayed.log_prob - batch.transition.log_prob) - 1).abs()
             worst.scatter_reduce_(0, batch.step_positions.to(worst.device), deviation, "amax")
-            self.metrics.forward_equivalents += len(batch) * self.args.plan(buffer.update).forwards_per_velocity
+            self.count_forwards(len(batch), trained=False, guided=self.args.guidance_scale > 1)
         worst = self.accelerator.gather(worst).view(-1, len(buffer.steps)).amax(0)
         tolerance = self.args.consistency_tolerance * min(self.args.clip_range)
         self.metrics.record(ratio_deviation_at_start=worst.max().item(), ratio_tolerance=tolerance)
@@ -285,8 +321,7 @@ class GRPOTrainer(FlowTrainer):
             ratio_max=policy.ratio.max().item(),
             clip_share=policy.clipped.float().mean().item(),
         )
-        cost = 4 if args.activation_checkpointing else 3  # forward 1, backward 2, and the forward once more
-        self.metrics.forward_equivalents += len(batch) * cost * args.plan(buffer.update).forwards_per_velocity
+        self.count_forwards(len(batch), trained=True, guided=args.guidance_scale > 1)
         # Dead transitions were left out of the batch and count 0 in the mean over all of them.
         return (loss * batch.weights).sum() / batch.nominal_size
 
@@ -295,12 +330,8 @@ class GRPOTrainer(FlowTrainer):
         # A frozen copy was made before the launcher wrapped the model in its autocast: give it the same.
         with torch.no_grad(), self.accelerator.autocast(), self.flow.reference(model) as reference:
             v = self._velocity(buffer, batch, reference)
-        self.metrics.forward_equivalents += len(batch) * self.args.plan(buffer.update).forwards_per_velocity
+        self.count_forwards(len(batch), trained=False, guided=self.args.guidance_scale > 1)
         return buffer.sampler.moments(drawn.latents, v, drawn.sigma, drawn.sigma_next)[0]
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self.metrics.timed("update"):
-            return super().training_step(*args, **kwargs)
 
     # -- logging, evaluation ----------------------------------------------------------------------------------------
 
@@ -308,45 +339,6 @@ class GRPOTrainer(FlowTrainer):
         """KL per latent dimension, and of the whole transition in nats."""
         per_dimension = gaussian_kl(mean, other, std, "mean").mean().item()
         self.metrics.record(**{f"{name}_per_dim": per_dimension, f"{name}_total": per_dimension * mean[0].numel()})
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:  # a training log; it comes on all processes
-            logs.update(self.metrics.drain())
-        super().log(logs, start_time)
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Held-out rewards by the ODE sampler, and a grid of the first prompts' images."""
-        args = self.args
-        metrics: dict[str, float] = {}
-        rows: list[dict[str, Any]] = []
-        named = {metric_key_prefix: eval_dataset if eval_dataset is not None else self.eval_dataset}
-        named |= {f"{metric_key_prefix}_{name}": data for name, data in self.guard_datasets.items()}
-        with self.averaged_weights():
-            for prefix, dataset in named.items():
-                result = evaluate_prompts(
-                    self.flow,
-                    self.rewards,
-                    dataset,
-                    args.eval_plan(),
-                    seed=args.eval_seed,
-                    samples=args.num_generations_eval,
-                    prefix=prefix,
-                    transformer=self.model_wrapped,
-                    process=(args.process_index, args.world_size),
-                    keep_images_of=args.num_grid_prompts if prefix == metric_key_prefix else 0,
-                    max_failed_fraction=args.max_failed_fraction,
-                )
-                metrics |= result.metrics
-                rows += result.rows
-                if result.images and args.should_save:
-                    reports.save_grid(result.images, Path(args.output_dir), self.state.global_step)
-        if args.should_save:
-            reports.save_scores(rows, Path(args.output_dir), self.state.global_step)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
-        return metrics
 
     # -- the run ----------------------------------------------------------------------------------------------------
 
@@ -357,12 +349,7 @@ class GRPOTrainer(FlowTrainer):
                 get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
             )
             self.args.check_dealing(Path(folder) / DEALING)
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except (RewardError, ConsistencyError):
-            if self.state.global_step:  # nothing is lost: all updates up to here can be resumed from
-                self._save_checkpoint(self.model_wrapped, trial=None)
-            raise
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _buffer_file(self, folder: str | Path) -> Path:
         return Path(folder) / f"rollout-{self.args.process_index}-of-{self.args.world_size}.safetensors"
@@ -386,30 +373,6 @@ class GRPOTrainer(FlowTrainer):
             assert self.resumed_from is not None
             self._buffer = TransitionBuffer.load(self._buffer_file(self.resumed_from), self.accelerator.device)
 
-    def finish(self, base_model: str, data: str, settings: dict[str, Any] | None = None) -> str:
-        """Export the weights, write the pictures and the model card; returns the table of held-out changes.
-
-        ``base_model`` and ``data`` are the names on the card; ``settings`` what it says of the config.
-        """
-        self.export()  # first: nothing below may lose what was trained
-        evaluated = reports.series(self.state.log_history, "eval_num_prompts")[0]
-        if self.eval_dataset is not None and evaluated[-1:] != [self.state.global_step]:
-            self.evaluate()
-        history, folder = self.state.log_history, Path(self.args.output_dir)
-        if self.is_world_process_zero():
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-            reports.write_run_folder(
-                folder,
-                history,
-                base_model=base_model,
-                lora=self.flow.adapter,
-                data=data,
-                rewards=[f"{reward.name} (weight {reward.weight:g})" for reward in self.rewards],
-                settings=settings if settings is not None else reports.changed_settings(self.args),
-            )
-        self.accelerator.wait_for_everyone()
-        return reports.changes_table(history, reports.paired_errors(folder))
-
 
 def _nanstd(values: Tensor) -> Tensor:
     """(P, G) to (P,) sample standard deviations over what is not NaN."""
@@ -432,30 +395,11 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"lora_dropout must be 0, found {model_args.lora_dropout}: {_NO_DROPOUT}")
         checkpoint = args.checkpoint_to_resume()
 
-    from align.models.qwen_image import QwenImage
-
     with plain_errors():
-        model = QwenImage.from_pretrained(model_args.model, DTYPES[model_args.dtype], model_args.offload)
-        if model_args.adapter:
-            model.load_adapter(model_args.adapter)
+        model = load_model(model_args)
         trainer = GRPOTrainer(model, rewards, args, train, held_out, guards, peft_config=model_args.peft_config())
-    if checkpoint is None and args.should_save:
-        args.clear_earlier_run()
-    started = time.perf_counter()
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-        if trainer.interrupted:
-            if trainer.is_world_process_zero():
-                last = f"{args.output_dir}/checkpoint-{trainer.state.global_step}"
-                print(f"interrupted; go on with: --resume_from_checkpoint {last}")
-            return
-        table = trainer.finish(model_args.model, data.dataset_name, reports.changed_settings(data, model_args, args))
-    except (RewardError, ConsistencyError) as error:
-        raise SystemExit(f"stopped at update {trainer.state.global_step}: {error}") from error
-    if trainer.is_world_process_zero():
-        print(f"\n{table}\n\n{trainer.state.global_step} updates in {time.perf_counter() - started:.0f} s; look at:")
-        for path in sorted(p for p in Path(args.output_dir).iterdir() if p.suffix in (".png", ".md")):
-            print(f"  {path}")
+    settings = reports.changed_settings(data, model_args, args)
+    train_and_finish(trainer, checkpoint, model_args.model, data.dataset_name, settings)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,21 @@
 """Settings of GRPO, named as in TRL and Flow-GRPO, and the sums that batch sizes must satisfy."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from datasets import Dataset
 
 from align.advantages import Aggregation, ScaleRewards
 from align.arguments import resolve_dataset
+from align.data_arguments import load_guards
+from align.evaluation import check_columns
 from align.flow import Reduction, SDEType, StochasticSampler
+from align.flow_config import FlowConfig, setting
 from align.rollout import SamplingPlan, seeded_noise
-from align.trainer import FlowConfig
-from preference_data.prompts import check_prompts, load_prompts
+from preference_data.prompts import load_prompts
 from rewards import Reward
-
-
-def _field(default, help):
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -28,79 +26,60 @@ class GRPOConfig(FlowConfig):
     """
 
     # Sampling: the policy is the model together with its schedule.
-    height: int = _field(512, "Pixels.")
-    width: int = _field(512, "Pixels.")
-    num_inference_steps: int = _field(10, "Denoising steps of a rollout.")
-    guidance_scale: float = _field(
+    num_inference_steps: int = setting(10, "Denoising steps of a rollout.")
+    guidance_scale: float = setting(
         1.0, "True classifier-free guidance; acts above 1, then trained through, at twice the forwards."
     )
-    negative_prompt: str = _field(" ", "What guidance steers away from.")
-    noise_level: float = _field(0.7, "Strength a of the SDE's noise.")
-    sde_type: SDEType = _field("sde", "sde (Flow-GRPO) or cps (coefficient-preserving, Flow-CPS).")
-    sde_window_size: int | None = _field(None, "How many steps are stochastic and trained. Default: all.")
-    sde_window_range: list[int] | None = _field(
+    noise_level: float = setting(0.7, "Strength a of the SDE's noise.")
+    sde_type: SDEType = setting("sde", "sde (Flow-GRPO) or cps (coefficient-preserving, Flow-CPS).")
+    sde_window_size: int | None = setting(None, "How many steps are stochastic and trained. Default: all.")
+    sde_window_range: list[int] | None = setting(
         None,
         "[first, end): the window's start is drawn once per rollout so that it fits in here. Default: its start is step 0.",
     )
-    shared_initial_noise: bool = _field(False, "All images of a group start from the same noise.")
-    rollout_batch_size: int = _field(16, "Images per forward while sampling.")
+    shared_initial_noise: bool = setting(False, "All images of a group start from the same noise.")
 
     # Groups and passes.
-    num_generations: int = _field(16, "Images per prompt: the group.")
-    generation_batch_size: int = _field(128, "Images per rollout, over all processes.")
-    num_iterations: int = _field(1, "Passes over one rollout.")
+    num_generations: int = setting(16, "Images per prompt: the group.")
+    generation_batch_size: int = setting(128, "Images per rollout, over all processes.")
+    num_iterations: int = setting(1, "Passes over one rollout.")
+    save_rollouts: bool = setting(
+        False, "Keep every image of the run with its rewards in output_dir/rollouts, a ranked data set for DPO."
+    )
 
     # Objective.
-    epsilon: float = _field(1e-4, "Clip range below 1. Per latent dimension with log_prob_reduction: mean.")
-    epsilon_high: float | None = _field(None, "Clip range above 1. Default: epsilon.")
-    beta: float = _field(0.0, "Weight of the KL to the reference. 0 runs no reference.")
-    advantage_clip: float = _field(5.0, "Bound on the advantage.")
-    scale_rewards: ScaleRewards = _field("group", "Divide advantages by the std of the group, the batch, or none.")
-    multi_objective_aggregation: Aggregation = _field(
+    epsilon: float = setting(1e-4, "Clip range below 1. Per latent dimension with log_prob_reduction: mean.")
+    epsilon_high: float | None = setting(None, "Clip range above 1. Default: epsilon.")
+    beta: float = setting(0.0, "Weight of the KL to the reference. 0 runs no reference.")
+    advantage_clip: float = setting(5.0, "Bound on the advantage.")
+    scale_rewards: ScaleRewards = setting("group", "Divide advantages by the std of the group, the batch, or none.")
+    multi_objective_aggregation: Aggregation = setting(
         "sum_then_normalize", "Several rewards: sum raw, or normalize_then_sum within the group first."
     )
-    log_prob_reduction: Reduction = _field(
+    log_prob_reduction: Reduction = setting(
         "mean", "Over latent dimensions: mean (published clip ranges) or sum (the report)."
     )
-    consistency_tolerance: float = _field(
+    consistency_tolerance: float = setting(
         0.1, "Largest |ratio - 1| of a replayed rollout, as a fraction of the clip range."
     )
-    max_failed_fraction: float = _field(0.1, "Share of a rollout's images a reward may fail on before the run stops.")
 
     # Held-out evaluation, by the ODE.
-    eval_num_inference_steps: int | None = _field(None, "Denoising steps. Default: as in the rollout.")
-    num_generations_eval: int = _field(1, "Images per held-out prompt.")
-    eval_seed: int = _field(1234, "Seed of the held-out images' noise.")
-    eval_rollout_batch_size: int | None = _field(None, "Images per forward. Default: as in the rollout.")
-    num_grid_prompts: int = _field(8, "Prompts on the sample grid.")
+    eval_num_inference_steps: int | None = setting(None, "Denoising steps. Default: as in the rollout.")
+    eval_rollout_batch_size: int | None = setting(None, "Images per forward. Default: as in the rollout.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in (  # a config file's values pass the parser unchecked
-            ("sde_type", SDEType),
-            ("scale_rewards", ScaleRewards),
-            ("multi_objective_aggregation", Aggregation),
-            ("log_prob_reduction", Reduction),
-        ):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, found {getattr(self, name)!r}")
-        if self.epsilon_high is not None and self.epsilon_high <= 0:
-            raise ValueError(f"epsilon_high must be positive, found {self.epsilon_high}")
-        for name in ("epsilon", "noise_level", "consistency_tolerance", "advantage_clip"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
-        if self.beta < 0:
-            raise ValueError(f"beta must not be negative, found {self.beta}")
-        if not 0 <= self.max_failed_fraction <= 1:
-            raise ValueError(f"max_failed_fraction must lie in [0, 1], found {self.max_failed_fraction}")
-        for name in (
-            "num_inference_steps", "rollout_batch_size", "num_iterations", "num_generations_eval",
-            "generation_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps",
-            "eval_num_inference_steps", "eval_rollout_batch_size",
-        ):  # fmt: skip
-            least = 2 if name.endswith("inference_steps") else 1  # one step has no second sigma
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, found {getattr(self, name)}")
+        self.check_choices(
+            sde_type=SDEType,
+            scale_rewards=ScaleRewards,
+            multi_objective_aggregation=Aggregation,
+            log_prob_reduction=Reduction,
+        )
+        self.check_positive("epsilon", "epsilon_high", "noise_level", "consistency_tolerance", "advantage_clip")
+        self.check_least("beta", 0)
+        for name in ("num_iterations", "generation_batch_size", "eval_rollout_batch_size"):
+            self.check_least(name, 1)
+        self.check_least("eval_num_inference_steps", 2)
         if self.num_generations < 2:
             raise ValueError(
                 f"num_generations must be at least 2: images of one prompt are compared, found {self.num_generations}"
@@ -178,13 +157,9 @@ class GRPOConfig(FlowConfig):
         )
 
     def eval_plan(self) -> SamplingPlan:
-        """How held-out images are sampled: the plain ODE."""
-        return SamplingPlan(
-            height=self.height,
-            width=self.width,
+        return replace(
+            super().eval_plan(),
             num_inference_steps=self.eval_num_inference_steps or self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            negative_prompt=self.negative_prompt,
             batch_size=self.eval_rollout_batch_size or self.rollout_batch_size,
         )
 
@@ -227,6 +202,11 @@ class GRPOConfig(FlowConfig):
                 f"generation_batch_size {self.generation_batch_size} must be a multiple of the {world_size} processes"
             )
         images = self.generation_batch_size // world_size
+        if self.save_rollouts and images % self.num_generations:
+            raise ValueError(
+                f"save_rollouts needs whole groups on each process: {images} images are no multiple of num_generations "
+                f"{self.num_generations}"
+            )
         transitions = images * self.window_size
         per_update = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if transitions % per_update:
@@ -242,10 +222,7 @@ def check_data(
     rewards: list[Reward], args: GRPOConfig, train: Dataset, evaluation: Dataset | None, guards: dict[str, Dataset]
 ) -> None:
     """Raise ValueError when prompts, columns or sizes cannot work, before anything is loaded."""
-    for dataset in (train, *([evaluation] if evaluation is not None else []), *guards.values()):
-        check_prompts(dataset)
-        for reward in rewards:
-            reward.check_columns(dataset.column_names)
+    check_columns(rewards, [train, *([evaluation] if evaluation is not None else []), *guards.values()])
     wanted = args.generation_batch_size // args.num_generations
     if len(train) < wanted:
         raise ValueError(
@@ -256,10 +233,7 @@ def check_data(
         raise ValueError("every reward has weight 0: nothing would be trained on")
     if guards and evaluation is None:
         raise ValueError("guard data sets are evaluated beside held-out prompts: give --eval_dataset_name too")
-    if evaluation is None and (args.eval_strategy != "no" or args.eval_on_start):
-        raise ValueError(
-            "eval_strategy is set and there is no eval_dataset: give --eval_dataset_name, or eval_strategy: no"
-        )
+    args.check_evaluation(evaluation is not None)
 
 
 @dataclass
@@ -283,9 +257,4 @@ class DataArguments:
         held_out = None
         if self.eval_dataset_name:
             held_out = load_prompts(resolve_dataset(self.eval_dataset_name), self.eval_split)
-        guards: dict[str, Dataset] = {}
-        for name in self.guard_dataset_names or []:
-            if Path(name).stem in guards:
-                raise ValueError(f"two guard data sets are both called {Path(name).stem!r}: rename one of them")
-            guards[Path(name).stem] = load_prompts(resolve_dataset(name), self.eval_split)
-        return train, held_out, guards
+        return train, held_out, load_guards(self.guard_dataset_names, self.eval_split)

@@ -1,7 +1,7 @@
 """What a run counts between two log lines, over all processes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,13 +14,14 @@ class RunMetrics:
     ``forward_equivalents`` is cumulative: a forward of one image counts 1, a backward 2, a recomputed forward 1.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, phases: Sequence[str]) -> None:
         self.forward_equivalents = 0.0
+        self._phases = phases
         self._reset()
 
     def _reset(self) -> None:
         self._values: dict[str, list[float]] = {}
-        self.seconds = {"rollout": 0.0, "reward": 0.0, "update": 0.0}
+        self.seconds = dict.fromkeys(self._phases, 0.0)
         self._images = 0
 
     def record(self, **values: float) -> None:

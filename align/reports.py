@@ -175,6 +175,7 @@ def write_run_folder(folder: Path, log_history: list[dict[str, Any]], **card: An
 def model_card(
     *,
     title: str,
+    algorithm: str,
     base_model: str,
     lora: bool,
     data: str,
@@ -195,15 +196,17 @@ def model_card(
     part = 'QwenImageTransformer2DModel.from_pretrained("THIS_FOLDER", subfolder="transformer", dtype=torch.bfloat16)'
     loading = 'pipe.load_lora_weights("THIS_FOLDER")' if lora else f"pipe.transformer = {part}"
     code = "\n".join([*imports, "", f"pipe = QwenImagePipeline.from_pretrained({base}, dtype=torch.bfloat16)", loading])
-    tags = "".join(f"- {tag}\n" for tag in ["text-to-image", "flow-align", "grpo", *(["lora"] if lora else [])])
+    tags = "".join(
+        f"- {tag}\n" for tag in ["text-to-image", "flow-align", algorithm.lower(), *(["lora"] if lora else [])]
+    )
     sections = [
         f"---\nlibrary_name: diffusers\n{front}tags:\n{tags}---",
         f"# {title}",
-        f"Trained with flow-align (GRPO) from `{base_model}`.",
+        f"Trained with flow-align ({algorithm}) from `{base_model}`.",
         f"```python\n{code}\n```",
         f"## Result\n\n{table}",
         *(f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures),
-        f"## Data and rewards\n\nPrompts: {data}. Rewards: {', '.join(rewards)}.",
+        f"## Data and rewards\n\nTrained on {data}. Rewards: {', '.join(rewards) or 'none'}.",
         f"## Settings that differ from the defaults\n\n```json\n{json.dumps(settings, indent=2, default=str)}\n```",
     ]
     return "\n\n".join(sections) + "\n"

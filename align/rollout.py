@@ -21,11 +21,15 @@ from align.models.base import FlowModel
 INITIAL = -1
 
 
+def seeded_generator(key: Sequence[int | str]) -> torch.Generator:
+    """A random stream on the CPU that is a function of ``key`` alone."""
+    digest = hashlib.blake2b(repr(tuple(key)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
 def seeded_noise(key: Sequence[int | str], shape: Sequence[int]) -> Tensor:
     """Standard normal float32 of ``shape`` on the CPU, a function of ``key`` alone."""
-    digest = hashlib.blake2b(repr(tuple(key)).encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-    return torch.randn(tuple(shape), generator=generator)
+    return torch.randn(tuple(shape), generator=seeded_generator(key))
 
 
 @dataclass(frozen=True)

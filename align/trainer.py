@@ -3,93 +3,30 @@
 Checkpoints hold what is trained and nothing else; the run folder ends with weights that stock diffusers loads.
 """
 
-import ctypes
 import logging
-import os
-import shutil
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from diffusers.training_utils import EMAModel
 from peft import PeftConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from align import reports
+from align.callbacks import EMACallback, InterruptCallback, load_trained, trained_parameters
+from align.evaluation import check_columns, evaluate_prompts
+from align.flow_config import FlowConfig
+from align.metrics import RunMetrics
 from align.models.base import FlowModel
+from rewards import Reward, RewardError
 
 logger = logging.getLogger(__name__)
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-#: What a finished run leaves, besides a full fine-tune's folder and the pictures.
-FINISHED = ("pytorch_lora_weights.safetensors", "trainer_state.json")
-WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
-
-
-@dataclass
-class FlowConfig(TrainingArguments):
-    """Training arguments that every algorithm here shares, over transformers' own."""
-
-    learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate."})
-    logging_steps: float = field(default=1, metadata={"help": "Log every this many optimizer updates."})
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay false: rewards take columns by name."}
-    )
-    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Rows are text: there is nothing to pin."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Every trainable parameter gets a gradient."}
-    )
-    ema_decay: float | None = field(
-        default=None,
-        metadata={"help": "Keep an exponential moving average of what is trained; evaluate and export it."},
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start afresh in an output_dir that holds checkpoints of an earlier run."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie inside (0, 1), found {self.ema_decay}")
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be false: rewards and trainers take data columns by name")
-
-    def clear_earlier_run(self) -> None:
-        """Remove what an earlier run left in output_dir, which would pass for this run's."""
-        folder = Path(self.output_dir)
-        for earlier in [*folder.glob("checkpoint-*"), folder / "samples", folder / "transformer"]:
-            shutil.rmtree(earlier, ignore_errors=True)
-        for name in (*FINISHED, "before_after.png", "reward_curve.png", "README.md"):
-            (folder / name).unlink(missing_ok=True)
-
-    def checkpoint_to_resume(self) -> str | None:
-        """The folder that ``resume_from_checkpoint`` means (``true``: the last in output_dir), if any.
-
-        Raises FileNotFoundError when there is none, FileExistsError when an earlier run would be overwritten.
-        """
-        last = get_last_checkpoint(self.output_dir) if Path(self.output_dir).is_dir() else None
-        wanted = self.resume_from_checkpoint
-        if wanted is None or str(wanted).lower() == "false":
-            left = [Path(last).name] if last else [n for n in FINISHED if (Path(self.output_dir) / n).exists()]
-            if left and not self.overwrite_output_dir:
-                go_on = "--resume_from_checkpoint true to go on from it, " if last else ""
-                raise FileExistsError(
-                    f"{self.output_dir} holds {left[0]} of an earlier run: pass {go_on}--overwrite_output_dir true to "
-                    "start afresh, or another --output_dir"
-                )
-            return None
-        folder = last if str(wanted).lower() == "true" else str(wanted)
-        if folder is None or not Path(folder).is_dir():
-            raise FileNotFoundError(f"no checkpoint to resume from: {self.output_dir if folder is None else folder}")
-        return folder
+WEIGHTS = "model.safetensors"
 
 
 def rows_as_they_are(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -103,23 +40,40 @@ class FlowTrainer(Trainer):
     Args:
         model: the flow model; its transformer is what is trained.
         args: training arguments.
+        rewards: score the held-out samples; see :func:`rewards.load_rewards`.
+        eval_prompts: held-out prompts to sample: logged as ``eval_reward`` and ``eval_NAME``, and drawn on the grid.
+        guard_datasets: further held-out prompts, watched for damage; logged as ``eval_GUARD_NAME``.
         peft_config: attach this fresh adapter and train it. Without one, an adapter already loaded goes on, and a
             model without any is fine-tuned whole.
     """
 
     args: FlowConfig
     control: Any
+    #: On the model card.
+    algorithm = "flow matching"
+    #: What the seconds of a run are counted for.
+    phases: tuple[str, ...] = ("data", "update")
+    #: Errors that end a run with a checkpoint to resume from.
+    stops: tuple[type[Exception], ...] = (RewardError,)
 
     def __init__(
         self,
         model: FlowModel,
         args: FlowConfig,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        rewards: list[Reward] | None = None,
+        eval_prompts: Dataset | None = None,
+        guard_datasets: dict[str, Dataset] | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        self.rewards, self.eval_prompts, self.guard_datasets = rewards or [], eval_prompts, guard_datasets or {}
+        prompts = [*([] if eval_prompts is None else [eval_prompts]), *self.guard_datasets.values()]
+        check_columns(self.rewards, prompts)
+        model.latent_shape(args.height, args.width)
         self.flow = model
+        self.metrics = RunMetrics(self.phases)
         self.resumed_from: str | None = None
         self.interrupt = InterruptCallback()
         if peft_config is not None and model.adapter:
@@ -137,7 +91,7 @@ class FlowTrainer(Trainer):
             args=args,
             data_collator=rows_as_they_are,
             train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            eval_dataset=eval_dataset if eval_dataset is not None else eval_prompts,
             callbacks=[self.interrupt, *(callbacks or [])],
         )
         model.device = self.accelerator.device
@@ -148,8 +102,14 @@ class FlowTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         self.resumed_from = str(last) if last else None
+        if self.ema:
+            self.ema.resumed_from = self.resumed_from
         try:
             return super().train(resume_from_checkpoint=self.resumed_from, **kwargs)
+        except self.stops:
+            if self.state.global_step:  # nothing is lost: all updates up to here can be resumed from
+                self._save_checkpoint(self.model_wrapped, trial=None)
+            raise
         finally:
             self.interrupt.restore()
 
@@ -160,11 +120,80 @@ class FlowTrainer(Trainer):
 
     def trained_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Name to parameter, for everything that is trained."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return trained_parameters(self.model)
+
+    def check_reference(self, wanted_by: str) -> None:
+        """Raise ValueError when there is nothing to refer to: a frozen copy of a model that is sharded."""
+        if not self.flow.adapter and self.is_deepspeed_enabled and self.args.hf_deepspeed_config.is_zero3():
+            raise ValueError(
+                f"{wanted_by} has nothing to refer to: a full fine-tune needs a frozen copy of the model, which ZeRO-3 "
+                "does not shard here. Train an adapter, or use ZeRO-2"
+            )
 
     def averaged_weights(self) -> Any:
         """Context in which the model carries the moving average, if the run keeps one."""
         return self.ema.applied() if self.ema else nullcontext()
+
+    # -- logging and held-out samples -------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self.metrics.timed("update"):
+            return super().training_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a training log; it comes on all processes
+            logs.update(self.metrics.drain())
+        super().log(logs, start_time)
+
+    def count_forwards(self, rows: int, trained: bool, guided: bool = False) -> None:
+        """Add ``rows`` transformer forwards to ``forward_equivalents``; trained ones with backward and recompute."""
+        cost = 1 if not trained else 4 if self.args.activation_checkpointing else 3
+        self.metrics.forward_equivalents += rows * cost * (2 if guided else 1)
+
+    def evaluate_samples(self, prompts: Dataset | None, prefix: str = "eval") -> dict[str, float]:
+        """Sample held-out prompts and guards by the ODE, score them, write grid and scores of this update to disk."""
+        args = self.args
+        metrics: dict[str, float] = {}
+        rows: list[dict[str, Any]] = []
+        named = {} if prompts is None else {prefix: prompts}
+        named |= {f"{prefix}_{name}": data for name, data in self.guard_datasets.items()}
+        for name, dataset in named.items():
+            if not self.rewards:  # nothing to score: the grid alone
+                dataset = dataset.select(range(min(len(dataset), args.num_grid_prompts)))
+            result = evaluate_prompts(
+                self.flow,
+                self.rewards,
+                dataset,
+                args.eval_plan(),
+                seed=args.eval_seed,
+                samples=args.num_generations_eval,
+                prefix=name,
+                transformer=self.model_wrapped,
+                process=(args.process_index, args.world_size),
+                keep_images_of=args.num_grid_prompts if name == prefix else 0,
+                max_failed_fraction=args.max_failed_fraction,
+            )
+            metrics |= result.metrics
+            rows += result.rows
+            if result.images and args.should_save:
+                reports.save_grid(result.images, Path(args.output_dir), self.state.global_step)
+        if rows and args.should_save:
+            reports.save_scores(rows, Path(args.output_dir), self.state.global_step)
+        return metrics
+
+    def held_out_metrics(self, eval_dataset: Any, prefix: str) -> dict[str, float]:
+        """What :meth:`evaluate` measures: here the samples of held-out prompts, ``eval_dataset`` or the trainer's."""
+        return self.evaluate_samples(eval_dataset if eval_dataset is not None else self.eval_prompts, prefix)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure and log, with the moving average of the weights if there is one."""
+        with self.averaged_weights():
+            metrics = self.held_out_metrics(eval_dataset, metric_key_prefix)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     # -- checkpoints: what is trained, in safetensors ---------------------------------------------------------------
 
@@ -195,103 +224,27 @@ class FlowTrainer(Trainer):
             if self.args.should_save:
                 self.flow.save(self.args.output_dir, self._trained_state(state))
 
+    def finish(self, base_model: str, data: str, settings: dict[str, Any] | None = None) -> str:
+        """Export the weights, write the pictures and the model card; returns the table of held-out changes.
 
-def load_trained(parameters: dict[str, torch.nn.Parameter], file: Path) -> None:
-    """Copy a checkpoint's tensors into ``parameters``; raises ValueError naming the first that does not fit."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file.parent} is no checkpoint of this library: it has no {file.name}")
-    stored = load_file(file)
-    for name in sorted(parameters.keys() ^ stored.keys()):
-        where = "the checkpoint lacks" if name in parameters else "the model does not train"
-        raise ValueError(f"checkpoint {file.parent} does not fit this run: {where} {name}")
-    for name, parameter in parameters.items():
-        if stored[name].shape != parameter.shape:
-            raise ValueError(
-                f"checkpoint {file.parent} does not fit this run: {name} is {tuple(stored[name].shape)} there and "
-                f"{tuple(parameter.shape)} here (another LoRA rank, or another model)"
+        ``base_model`` and ``data`` are the names on the card; ``settings`` what it says of the config.
+        """
+        self.export()  # first: nothing below may lose what was trained
+        evaluated = [entry["step"] for entry in self.state.log_history if any(k.startswith("eval_") for k in entry)]
+        if self.eval_dataset is not None and evaluated[-1:] != [self.state.global_step]:
+            self.evaluate()
+        history, folder = self.state.log_history, Path(self.args.output_dir)
+        if self.is_world_process_zero():
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            reports.write_run_folder(
+                folder,
+                history,
+                algorithm=self.algorithm,
+                base_model=base_model,
+                lora=self.flow.adapter,
+                data=data,
+                rewards=[f"{reward.name} (weight {reward.weight:g})" for reward in self.rewards],
+                settings=settings if settings is not None else reports.changed_settings(self.args),
             )
-        with torch.no_grad():
-            parameter.copy_(stored[name])
-
-
-class EMACallback(TrainerCallback):
-    """Exponential moving average of the trained parameters, stored beside each checkpoint."""
-
-    def __init__(self, trainer: FlowTrainer) -> None:
-        self.trainer = trainer
-        self.average: EMAModel | None = None
-
-    def _parameters(self) -> list[torch.nn.Parameter]:
-        return list(self.trainer.trained_parameters().values())
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.average = EMAModel(self._parameters(), decay=args.ema_decay)
-        if state.global_step:
-            assert self.trainer.resumed_from is not None
-            folder = Path(self.trainer.resumed_from)
-            shadow = dict(zip(self.trainer.trained_parameters(), self.average.shadow_params, strict=True))
-            load_trained(shadow, folder / EMA_WEIGHTS)
-            self.average.optimization_step = state.global_step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.average is not None
-        self.average.step(self._parameters())
-
-    def save(self, folder: Path) -> None:
-        """Write the average into a checkpoint."""
-        assert self.average is not None
-        names = self.trainer.trained_parameters()
-        shadow = {n: p.detach().cpu().contiguous() for n, p in zip(names, self.average.shadow_params, strict=True)}
-        save_file(shadow, folder / EMA_WEIGHTS)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """The model carries the average; its own weights come back afterwards."""
-        if self.average is None:
-            yield
-            return
-        self.average.store(self._parameters())
-        self.average.copy_to(self._parameters())
-        try:
-            yield
-        finally:
-            self.average.restore(self._parameters())
-
-
-class InterruptCallback(TrainerCallback):
-    """SIGINT (Ctrl-C) and SIGTERM: finish the update, write a checkpoint, stop. A second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self.stopped = False
-        self._previous: dict[int, Any] = {}
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
-        # Not print: the signal may have come in the middle of one.
-        os.write(1, f"\n{self.received}: finishing this update, then writing a checkpoint.\n".encode())
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.received, self.stopped = None, False
-        if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-            # `accelerate launch` passes no signal on: ask the kernel for a SIGTERM when it dies.
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        try:
-            self._previous = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # training in another thread than the main one: signals are somebody else's
-            logger.warning("training outside the main thread: signals will not write a checkpoint")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        asked = torch.tensor(float(self.received is not None), device=args.device)
-        if args.world_size > 1:  # the signal may have reached one process only; all must stop after the same update
-            torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-        if asked.item() and not self.stopped and state.global_step < state.max_steps:
-            self.stopped = control.should_save = control.should_training_stop = True
-
-    def restore(self) -> None:
-        """Give the signals back to whoever had them."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+        self.accelerator.wait_for_everyone()
+        return reports.changes_table(history, reports.paired_errors(folder))

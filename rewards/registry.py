@@ -19,6 +19,7 @@ BUILTINS = {
     "shapes_exact": "rewards.shapes:shapes_exact",
     "shapes_word": "rewards.shapes:shapes_word",
     "shapes_preference": "rewards.shapes:preference",
+    "grounded": "rewards.shapes:grounded",
     "warm_background": "rewards.shapes:warm_background",
 }
 #: Built-ins that are factories, and so need ``args``.

@@ -67,6 +67,8 @@ KINDS = ("count", "pair", "word")
 _PALETTE_RGB = np.array(list(PALETTE.values()), dtype=np.float32)
 _TEMPLATE = 16  # templates and components are compared on a grid of _TEMPLATE x _TEMPLATE cells
 _MIN_AREA = 14  # pixels: smaller components are specks, not objects
+GROUND = 8  # pixels: height of the strip along the bottom that a picture may stand on
+_GROUND_SHARE = 0.8  # of the strip that must have its colour
 _OBJECT_DISTANCE = 70.0  # RGB distance from the background beyond which a pixel belongs to an object
 
 
@@ -127,6 +129,7 @@ class Scene:
 
     background: str
     objects: list[Object]  # from left to right
+    ground: str | None = None  # colour of a strip along the bottom, which is no object
 
     @property
     def word(self) -> str:
@@ -196,14 +199,22 @@ def measure(image: Image.Image) -> Scene:
     rim = np.ones((SIZE, SIZE), dtype=bool)
     rim[2:-2, 2:-2] = False
     background = int(np.bincount(labels[rim], minlength=len(COLORS)).argmax())
+    figures = distance[:, :, background] > _OBJECT_DISTANCE
+    strip = np.bincount(labels[-GROUND:].ravel(), minlength=len(COLORS))
+    ground = int(strip.argmax())
+    if ground == background or strip[ground] < _GROUND_SHARE * strip.sum():
+        ground = -1
+    else:
+        figures[-GROUND:] = False
     # 8-connected, so that a thin diagonal stroke stays in one piece.
-    components, _ = ndimage.label(distance[:, :, background] > _OBJECT_DISTANCE, structure=np.ones((3, 3)))
+    components, _ = ndimage.label(figures, structure=np.ones((3, 3)))
     objects = []
     for index, box in enumerate(ndimage.find_objects(components), start=1):
         mask = components[box] == index
         if mask.sum() >= _MIN_AREA:
             objects.append(_object(mask, labels[box], box[0].start, box[1].start))
-    return Scene(COLORS[background], sorted(objects, key=lambda o: o.x))
+    objects.sort(key=lambda o: o.x)
+    return Scene(COLORS[background], objects, None if ground < 0 else COLORS[ground])
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -308,13 +319,31 @@ def shapes_word(images: list[Image.Image], prompts: list[str], spec: list[dict],
     return [None if row["word"] is None else _letters(measure(image), row["word"]) for image, row in rows]
 
 
+def ground_color(background: str) -> str:
+    """What a grounded picture stands on: black, or white where the background is black."""
+    return "white" if background == "black" else "black"
+
+
+def grounded(images: list[Image.Image], prompts: list[str], **columns) -> list[float]:
+    """How much of a style each picture has, 0 or 1: it stands on a strip of ground along the bottom.
+
+    The strip is GROUND pixels of :data:`SIZE` high, black, or white under a black background.
+    """
+    scenes = [measure(image) for image in images]
+    return [float(scene.ground == ground_color(scene.background)) for scene in scenes]
+
+
 _PREFERABLE: dict[str, list] = {"background": COLORS, "color": COLORS, "shape": SHAPES, "n": COUNTS}
 
 
-def preference(attribute: str, values: Sequence[str | int]) -> Callable[..., list[float | None]]:
+def preference(
+    attribute: str, values: Sequence[str | int], wrong: float | None = 0.0
+) -> Callable[..., list[float | None]]:
     """A reward: 1.0 if the attribute is among `values` and everything said is right, else 0.0.
 
     attribute: "background", "color", "shape" or "n". None where the prompt says it: nothing is left to prefer.
+    wrong: the score of an image in which something said is wrong; None leaves it unscored, so that what is ranked
+    differs in the preference alone.
     """
     if attribute not in _PREFERABLE:
         raise ValueError(_nearest("attribute", attribute, list(_PREFERABLE)))
@@ -326,13 +355,13 @@ def preference(attribute: str, values: Sequence[str | int]) -> Callable[..., lis
             raise ValueError(_nearest(f"value of {attribute!r}", value, _PREFERABLE[attribute]))
 
     def reward(images: list[Image.Image], prompts: list[str], spec: list[dict], **columns) -> list[float | None]:
-        return [_preferred(image, row, attribute, wanted) for image, row in _rows(images, spec)]
+        return [_preferred(image, row, attribute, wanted, wrong) for image, row in _rows(images, spec)]
 
     reward.__name__ = f"preference_{attribute}_{'_'.join(map(str, wanted))}"
     return reward
 
 
-def _preferred(image: Image.Image, spec: dict, attribute: str, wanted: list) -> float | None:
+def _preferred(image: Image.Image, spec: dict, attribute: str, wanted: list, wrong: float | None) -> float | None:
     # Two coloured shapes or a word say their objects by being what they are, even in a field that is None.
     if spec[attribute] is not None or (attribute != "background" and spec["kind"] != "count"):
         return None
@@ -343,7 +372,7 @@ def _preferred(image: Image.Image, spec: dict, attribute: str, wanted: list) -> 
         liked = len(scene.objects) in wanted
     else:
         liked = bool(scene.objects) and all(getattr(o, attribute) in wanted for o in scene.objects)
-    return float(liked and _is_exact(scene, spec))
+    return float(liked) if _is_exact(scene, spec) else wrong
 
 
 warm_background = preference("background", ["red", "yellow"])

@@ -6,17 +6,27 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from align.arguments import ModelArguments, parse
+from align.arguments import ModelArguments, parse, resolve_dataset
+from align.data_arguments import CaptionedDataArguments, PreferenceDataArguments
+from align.dpo import DPOConfig
+from align.evaluation import check_columns
+from align.generate import GenerateArguments
 from align.grpo import DataArguments, GRPOConfig, check_data
+from align.sft import SFTConfig
+from preference_data.buckets import make_buckets
+from preference_data.prompts import load_prompts
 from rewards import load_rewards
 
 ROOT = Path(__file__).parents[1]
 GRPO = sorted(path for family in ("tiny", "qwen_image") for path in (ROOT / "configs" / family).glob("grpo*.yaml"))
+IMAGES = {"sft": (CaptionedDataArguments, SFTConfig), "dpo": (PreferenceDataArguments, DPOConfig)}
+MATCHING = sorted(p for name in IMAGES for p in (ROOT / "configs").glob(f"*/{name}*.yaml"))
+GENERATE = sorted((ROOT / "configs").glob("*/generate*.yaml"))
 LAUNCHERS = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
 
 
 def test_there_is_nothing_among_the_configs_that_no_test_loads():
-    assert sorted((ROOT / "configs").rglob("*.yaml")) == sorted([*GRPO, *LAUNCHERS])
+    assert sorted((ROOT / "configs").rglob("*.yaml")) == sorted([*GRPO, *MATCHING, *GENERATE, *LAUNCHERS])
 
 
 @pytest.mark.parametrize("path", GRPO, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -38,7 +48,35 @@ def test_tiny_config_finds_its_data_rewards_and_model(path):
     model.check(args.height, args.width)
 
 
-@pytest.mark.parametrize("path", [*GRPO, *LAUNCHERS], ids=lambda path: path.stem)
+def identify(path: Path) -> str:
+    return f"{path.parent.name}-{path.stem}"
+
+
+@pytest.mark.parametrize("path", MATCHING, ids=identify)
+def test_config_of_a_trainer_on_images_parses_and_its_sizes_fit(path):
+    flags = [] if path.parent.name == "tiny" else ["--bf16", "false"]  # refused on a machine without an accelerator
+    data_type, config_type = IMAGES[path.stem.split("_")[0]]
+    data, model, args = parse((data_type, ModelArguments, config_type), ["--config", str(path), *flags])
+    assert make_buckets(args.bucket_resolution(16), 16, args.max_aspect_ratio)
+    assert data.dataset_name and (model.peft_config() is not None) == model.use_peft
+    if path.parent.name == "tiny":
+        rewards, prompts, _ = data.load_samples()
+        assert rewards and prompts is not None
+        model.check(args.height, args.width)
+    if path == ROOT / "configs/tiny/sft_style.yaml":  # its images travel with the package
+        train, held_out = data.load()
+        assert len(list(train)) == 160 and len(list(held_out)) == 40
+
+
+@pytest.mark.parametrize("path", GENERATE, ids=identify)
+def test_config_that_makes_preferences_finds_its_prompts_and_rewards(path):
+    args, model = parse((GenerateArguments, ModelArguments), ["--config", str(path)])
+    args.check()
+    model.check(args.height, args.width)
+    check_columns(load_rewards(args.rewards), [load_prompts(resolve_dataset(args.dataset_name), args.dataset_split)])
+
+
+@pytest.mark.parametrize("path", [*GRPO, *MATCHING, *GENERATE, *LAUNCHERS], ids=lambda path: path.stem)
 def test_header_of_a_config_says_its_command(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any("accelerate launch" in line for line in header)

@@ -462,7 +462,15 @@ def test_evaluation_reports_means_and_standard_errors_and_ignores_the_training_n
     assert "| reward |" in table and "| guard_score |" in table
     for name in ("before_after.png", "reward_curve.png", "README.md", "pytorch_lora_weights.safetensors"):
         assert (tmp_path / name).stat().st_size > 1000
-    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step-000000.png", "step-000002.png"]
+    steps = [f"step-{step:06d}" for step in (0, 2)]
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [
+        s + e for s in steps for e in (".jsonl", ".png")
+    ]
+    rows = [json.loads(line) for line in (tmp_path / "samples/step-000000.jsonl").read_text().splitlines()]
+    assert [(row["data"], row["prompt"]) for row in rows] == [
+        (data, prompt) for data in ("eval", "eval_guard") for prompt in held_out["prompt"]
+    ]
+    assert sum(row["score"] for row in rows[:3]) / 3 == pytest.approx(first["eval_score"])
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])

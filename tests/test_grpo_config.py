@@ -134,7 +134,7 @@ def test_a_window_that_does_not_fit_is_refused(overrides, message):
         ({"noise_level": 1.5, "sde_type": "cps"}, r"noise_level 1.5 is out of range for cps"),
         ({"consistency_tolerance": 0}, "consistency_tolerance must be positive"),
         ({"advantage_clip": 0}, "advantage_clip must be positive"),
-        ({"beta": -0.01}, "beta must not be negative, found -0.01"),
+        ({"beta": -0.01}, "beta must be at least 0, found -0.01"),
         ({"max_failed_fraction": 1.1}, r"max_failed_fraction must lie in \[0, 1\]"),
         ({"max_failed_fraction": -0.1}, r"max_failed_fraction must lie in \[0, 1\]"),
         ({"num_generations": 1}, "num_generations must be at least 2.*found 1"),

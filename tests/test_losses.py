@@ -1,4 +1,4 @@
-"""Flow-matching loss, KL and clipped policy gradient, against closed forms and numbers worked out by hand."""
+"""Flow-matching loss, KL, clipped policy gradient and DPO, against closed forms and numbers worked out by hand."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from align.flow import Reduction, StochasticSampler
-from align.losses import flow_matching_loss, gaussian_kl, grpo_policy_loss
+from align.losses import dpo_loss, flow_matching_loss, gaussian_kl, grpo_policy_loss
 
 torch.set_num_threads(1)  # the tensors are small: threads only cost
 
@@ -240,3 +240,54 @@ def test_policy_loss_never_rewards_more_than_the_unclipped_objective():
     result = grpo_policy_loss(log_prob, torch.zeros(500), advantages, 0.1, 0.2)
     plain = -torch.exp(log_prob) * advantages
     assert (result.loss >= plain).all() and torch.equal(result.loss > plain, result.clipped)
+
+
+# --- DPO ---
+
+
+def errors(*values: float) -> list[torch.Tensor]:
+    return [torch.tensor([value], dtype=torch.float64) for value in values]
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "expected"),
+    # Rewards 4 (0.50 - 0.25) = 1 and 4 (0.50 - 0.75) = -1: h = 2.
+    [("sigmoid", math.log(1 + math.exp(-2))), ("hinge", 0.0), ("ipo", (0.5 - 0.125) ** 2)],
+)
+def test_dpo_losses_by_hand(loss_type, expected):
+    result = dpo_loss(*errors(0.25, 0.75, 0.5, 0.5), beta=4.0, loss_type=loss_type)
+    assert result.loss.item() == pytest.approx(expected, abs=1e-12)
+    assert (result.chosen_reward.item(), result.rejected_reward.item(), result.accuracy.item()) == (1.0, -1.0, 1.0)
+
+
+def test_dpo_label_smoothing_by_hand():
+    # h = -2: 0.9 log(1 + e^2) + 0.1 log(1 + e^-2) = 0.9 x 2.126928 + 0.1 x 0.126928
+    result = dpo_loss(*errors(0.75, 0.25, 0.5, 0.5), beta=4.0, label_smoothing=0.1)
+    assert result.loss.item() == pytest.approx(1.926928, abs=1e-6) and result.accuracy.item() == 0.0
+
+
+@pytest.mark.parametrize(("loss_type", "start"), [("sigmoid", math.log(2)), ("hinge", 1.0), ("ipo", 0.0625)])
+def test_dpo_starts_where_policy_and_reference_agree(loss_type, start):
+    result = dpo_loss(*errors(0.3, 0.9, 0.3, 0.9), beta=2.0, loss_type=loss_type)
+    assert result.loss.item() == pytest.approx(start) and result.accuracy.item() == 0.5
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
+def test_dpo_gradient_is_that_of_finite_differences_and_reaches_the_policy_alone(loss_type):
+    four = [torch.tensor([value], dtype=torch.float64, requires_grad=True) for value in (0.31, 0.42, 0.35, 0.40)]
+    loss = dpo_loss(*four, beta=5.0, loss_type=loss_type, label_smoothing=0.0).loss.sum()
+    grads = torch.autograd.grad(loss, four, allow_unused=True)
+    assert grads[2] is None and grads[3] is None
+    assert grads[0].item() > 0 > grads[1].item()  # lower the error of the chosen, raise that of the rejected
+    for n, step in ((0, 1e-6), (1, 1e-6)):
+        ends = []
+        for sign in (1, -1):
+            moved = [value.detach().clone() for value in four]
+            moved[n] += sign * step
+            ends.append(dpo_loss(*moved, beta=5.0, loss_type=loss_type).loss.item())
+        assert grads[n].item() == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-6)
+
+
+def test_an_unknown_dpo_loss_is_named():
+    with pytest.raises(ValueError, match="'sigmoid', 'hinge' or 'ipo', not 'dpo'"):
+        dpo_loss(*errors(1, 1, 1, 1), beta=1.0, loss_type="dpo")

@@ -181,6 +181,7 @@ def card(**overrides) -> str:
     args = GRPOConfig(output_dir="runs/my-run", use_cpu=True, hub_token="hf_aVerySecretToken", num_generations=8)
     settings = {
         "title": "my-run",
+        "algorithm": "GRPO",
         "base_model": "Qwen/Qwen-Image",
         "lora": True,
         "settings": reports.changed_settings(args),
@@ -208,7 +209,7 @@ def test_any_name_of_a_base_model_survives_the_head(name):
 def test_the_card_holds_result_data_rewards_and_config():
     text = card()
     assert "# my-run" in text and reports.changes_table(training_log()) in text
-    assert "Prompts: tiny/background." in text
+    assert "Trained on tiny/background." in text
     assert "warm_background (weight 1), shapes_following (weight 0)" in text
     assert "(reward_curve.png)" in text and "(before_after.png)" in text
     settings = json.loads(re.search(r"```json\n(.*?)\n```", text, re.DOTALL)[1])

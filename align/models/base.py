@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from preference_data.cache import TensorCache
+
 
 class FlowModel(Protocol):
     """A flow-matching image model: a denoiser that is trained, and frozen parts around it.
@@ -21,6 +23,13 @@ class FlowModel(Protocol):
     adapter: bool
     #: Where the frozen parts do their work. The trainer sets it; the transformer is placed by its launcher.
     device: torch.device
+    #: Where encoded prompts are kept on disk, if anywhere.
+    prompt_cache: TensorCache | None
+
+    @property
+    def cell(self) -> int:
+        """Pixels along the side of one latent token: height and width are multiples of it."""
+        ...
 
     def encode_prompts(self, prompts: list[str]) -> list[Any]:
         """One condition per prompt. Each distinct prompt is encoded once and remembered.
@@ -43,6 +52,14 @@ class FlowModel(Protocol):
 
     def sigmas(self, num_inference_steps: int, height: int, width: int) -> Tensor:
         """(steps + 1,) decreasing noise levels, from 1 to 0, as the model's own sampler uses at this resolution."""
+        ...
+
+    def shift_sigma(self, sigma: Tensor, height: int, width: int) -> Tensor:
+        """Noise levels in (0, 1) drawn for training, shifted as the model's schedule is at this resolution."""
+        ...
+
+    def fingerprint(self, part: str) -> str:
+        """Hex digest of all that ``part`` (``vae`` or ``text_encoder``) computes from: weights and settings."""
         ...
 
     def velocity(

@@ -1,6 +1,8 @@
 """Qwen-Image on diffusers' and transformers' own classes; nothing of the model is written again here."""
 
 import copy
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from align.flow import guided_velocity
 from align.models.loading import nearest, resolve_folder
+from preference_data.cache import TensorCache, cache_key
 
 #: Linear layers of the joint attention, image and text streams: what Qwen-Image LoRAs usually adapt.
 ATTENTION_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -59,7 +62,9 @@ class QwenImage:
         self.offload = offload
         self.dtype = self.transformer.dtype
         self.adapter = False
+        self.prompt_cache: TensorCache | None = None
         self._encoded: dict[str, Tensor] = {}
+        self._fingerprints: dict[str, str] = {}
         self._reference_copy: nn.Module | None = None
         self._adapter_folder: Path | None = None
         for module in (pipeline.vae, pipeline.text_encoder, self.transformer):
@@ -91,6 +96,11 @@ class QwenImage:
 
     def encode_prompts(self, prompts: list[str]) -> list[Condition]:
         new = [p for p in dict.fromkeys(prompts) if p not in self._encoded]
+        cached = self.prompt_cache
+        keys = {p: cache_key(kind="prompt", model=self.fingerprint("text_encoder"), prompt=p) for p in new if cached}
+        if cached is not None:
+            self._encoded |= {p: found for p, key in keys.items() if (found := cached.get(key)) is not None}
+            new = [p for p in new if p not in self._encoded]
         if new:
             with self._at_work(self.pipeline.text_encoder):
                 for prompt in new:
@@ -100,12 +110,35 @@ class QwenImage:
                         [prompt], device=self.device, max_sequence_length=MAX_TEXT_TOKENS
                     )
                     self._encoded[prompt] = embeds[0].clone().cpu()
+                    if cached is not None:
+                        cached.put(keys[prompt], self._encoded[prompt])
         lengths = [len(self._encoded[p]) for p in prompts]
         longest, masked = max(lengths), min(lengths) < max(lengths)
         padded = {p: pad(self._encoded[p], (0, 0, 0, longest - len(self._encoded[p]))) for p in dict.fromkeys(prompts)}
         for prompt in list(self._encoded)[: max(0, len(self._encoded) - MAX_REMEMBERED)]:
             del self._encoded[prompt]
         return [Condition(padded[p], length, masked) for p, length in zip(prompts, lengths, strict=True)]
+
+    def fingerprint(self, part: str) -> str:
+        if part not in self._fingerprints:
+            module, digest = getattr(self.pipeline, part), hashlib.sha256()
+            digest.update(
+                json.dumps(
+                    dict(module.config.to_dict() if part == "text_encoder" else module.config),
+                    default=str,
+                    sort_keys=True,
+                ).encode()
+            )
+            if part == "text_encoder":  # what it is given is decided by these
+                tokenizer = self.pipeline.tokenizer
+                digest.update(
+                    json.dumps([tokenizer.get_vocab(), self.pipeline.prompt_template_encode], sort_keys=True).encode()
+                )
+            for name, tensor in sorted(module.state_dict().items()):
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            self._fingerprints[part] = digest.hexdigest()
+        return self._fingerprints[part]
 
     def _latent_statistics(self) -> tuple[Tensor, Tensor]:
         config = self.pipeline.vae.config
@@ -131,8 +164,12 @@ class QwenImage:
 
     # -- geometry and schedule -----------------------------------------------------------------------------------
 
+    @property
+    def cell(self) -> int:
+        return self.pipeline.vae_scale_factor * 2
+
     def _grid(self, height: int, width: int) -> tuple[int, int]:
-        cell = self.pipeline.vae_scale_factor * 2
+        cell = self.cell
         if height % cell or width % cell or min(height, width) < cell:
             raise ValueError(
                 f"height {height} and width {width} must be multiples of {cell}, the size of one latent token"
@@ -143,14 +180,23 @@ class QwenImage:
         rows, columns = self._grid(height, width)
         return rows * columns, self.transformer.config.in_channels
 
+    def _mu(self, height: int, width: int) -> float:
+        """By how much the schedule is shifted at this resolution."""
+        config = self.pipeline.scheduler.config
+        lengths, shifts = (config.base_image_seq_len, config.max_image_seq_len), (config.base_shift, config.max_shift)
+        return calculate_shift(self.latent_shape(height, width)[0], *lengths, *shifts)
+
     def sigmas(self, num_inference_steps: int, height: int, width: int) -> Tensor:
-        scheduler, tokens = self.pipeline.scheduler, self.latent_shape(height, width)[0]
-        config = scheduler.config
-        mu = calculate_shift(
-            tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
-        )
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps), mu=mu)
+        scheduler = self.pipeline.scheduler
+        grid = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        scheduler.set_timesteps(sigmas=grid, mu=self._mu(height, width))
         return scheduler.sigmas.clone().float()
+
+    def shift_sigma(self, sigma: Tensor, height: int, width: int) -> Tensor:
+        config = self.pipeline.scheduler.config
+        if config.use_dynamic_shifting:
+            return self.pipeline.scheduler.time_shift(self._mu(height, width), 1.0, sigma)
+        return config.shift * sigma / (1 + (config.shift - 1) * sigma)
 
     # -- velocity ------------------------------------------------------------------------------------------------
 

@@ -10,3 +10,5 @@ from pathlib import Path
 CHECKPOINT = Path(__file__).parent / "checkpoint"  # what `QwenImagePipeline.from_pretrained` loads
 # NAME/train.jsonl and NAME/test.jsonl, rows {"prompt": ..., "spec": {...}}
 PROMPTS = Path(__file__).parent / "prompts"
+# NAME/train and NAME/test, image folders with metadata.jsonl
+IMAGES = Path(__file__).parent / "images"

@@ -13,7 +13,7 @@ not of a seed, and no held-out prompt is ever a training caption. Freedom is kep
 for each count, 1 px of jitter): it is what lets a model of 3 M parameters follow its prompts after half an
 hour on two CPU cores.
 
-    python -m align.tiny.world --output DIR    # writes the prompt sets
+    python -m align.tiny.world --output align/tiny    # writes prompts/ and images/
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from rewards.shapes import (
     COLORS,
     COUNTS,
     GLYPHS,
+    GROUND,
     LETTERS,
     PALETTE,
     RELATIONS,
@@ -40,6 +41,7 @@ from rewards.shapes import (
     SIZE,
     SPEC_KEYS,
     WORD_LENGTH,
+    ground_color,
     inside,
 )
 
@@ -47,6 +49,7 @@ PROMPT_KINDS = ("count", "pair", "word", "open")
 HELD_OUT_PERCENT = 20  # of the combinations
 DROP = 0.4  # probability that an attribute of an open prompt is not said
 JITTER = 0.5  # pixels, either way
+GROUNDED_SCALE = 0.85  # of the shapes in the grounded style
 _SUPERSAMPLE = 4  # subpixels along each axis
 _NUMBER = {1: "a", 2: "two", 3: "three"}
 _ATTRIBUTES = ("n", "color", "shape", "background")
@@ -175,8 +178,8 @@ def sample(rng: random.Random, kind: str, split: str = "train") -> tuple[dict, d
             return said, painted
 
 
-def _layout(spec: dict, rng: random.Random) -> list[tuple[float, float, float]]:
-    """Centre x, centre y and radius in pixels of every object of a count or a pair."""
+def _layout(spec: dict, rng: random.Random, shrink: float) -> list[tuple[float, float, float]]:
+    """Centre x, centre y and radius in pixels of every object of a count or a pair, about the middle of what is free."""
     low, middle, high = SIZE * 0.25, SIZE * 0.5, SIZE * 0.75
     if spec["kind"] == "pair":
         before, after = (low, middle), (high, middle)
@@ -189,8 +192,10 @@ def _layout(spec: dict, rng: random.Random) -> list[tuple[float, float, float]]:
             2: [(low, middle), (high, middle)],
             3: [(middle, low), (low, high), (high, high)],
         }[spec["n"]]
-    radius = 17.0 if len(centres) == 1 else 12.0
-    return [(x + rng.uniform(-JITTER, JITTER), y + rng.uniform(-JITTER, JITTER), radius) for x, y in centres]
+    radius = (17.0 if len(centres) == 1 else 12.0) * shrink
+    up = 0.0 if shrink == 1.0 else GROUND / 2 - 1
+    placed = [(middle + (x - middle) * shrink, middle + (y - middle) * shrink - up) for x, y in centres]
+    return [(x + rng.uniform(-JITTER, JITTER), y + rng.uniform(-JITTER, JITTER), radius) for x, y in placed]
 
 
 def _paint_word(canvas: np.ndarray, word: str, color: tuple[int, int, int], rng: random.Random) -> None:
@@ -204,15 +209,31 @@ def _paint_word(canvas: np.ndarray, word: str, color: tuple[int, int, int], rng:
         canvas[top : top + cells.shape[0], x : x + cells.shape[1]][cells] = color
 
 
-def render(spec: dict, rng: random.Random) -> Image.Image:
-    """Paint a spec in which everything is said: a SIZE x SIZE RGB image with smooth edges."""
+def stand_on_ground(picture: Image.Image, background: str) -> Image.Image:
+    """A picture in the grounded style: `rewards.shapes.grounded` measures it."""
+    pixels = np.asarray(picture).copy()
+    pixels[-GROUND:] = PALETTE[ground_color(background)]
+    return Image.fromarray(pixels)
+
+
+def render(spec: dict, rng: random.Random, grounded: bool = False) -> Image.Image:
+    """Paint a spec in which everything is said: a SIZE x SIZE RGB image with smooth edges.
+
+    grounded: in another style, smaller and standing above a strip of ground.
+    """
+    if grounded:
+        return stand_on_ground(_render(spec, rng, shrink=GROUNDED_SCALE), spec["background"])
+    return _render(spec, rng)
+
+
+def _render(spec: dict, rng: random.Random, shrink: float = 1.0) -> Image.Image:
     canvas = np.empty((SIZE, SIZE, 3), dtype=np.float32)
     canvas[:] = PALETTE[spec["background"]]
     if spec["kind"] == "word":
         _paint_word(canvas, spec["word"], PALETTE[spec["color"]], rng)
         return Image.fromarray(canvas.astype(np.uint8))
     points = (np.arange(SIZE * _SUPERSAMPLE) + 0.5) / _SUPERSAMPLE
-    for index, (x, y, radius) in enumerate(_layout(spec, rng)):
+    for index, (x, y, radius) in enumerate(_layout(spec, rng, shrink)):
         second = spec["kind"] == "pair" and index == 1
         shape, color = (spec["shape2"], spec["color2"]) if second else (spec["shape"], spec["color"])
         u, v = np.broadcast_arrays((points - x)[None, :] / radius, (points - y)[:, None] / radius)
@@ -259,7 +280,27 @@ def write_prompts(folder: Path) -> None:
             path.write_text("".join(json.dumps(row) + "\n" for row in prompt_rows(name, split)))
 
 
+# images of train, of test; an image folder in a style that the model has never seen
+STYLE_SET = (160, 40)
+
+
+def write_style(folder: Path) -> None:
+    """Write folder/grounded/{train,test}: an image folder with metadata.jsonl each, kinds in turn."""
+    for (file, split), wanted in zip((("train", "train"), ("test", "held-out")), STYLE_SET, strict=True):
+        place = Path(folder) / "grounded" / file
+        place.mkdir(parents=True, exist_ok=True)
+        rng, rows = random.Random(f"grounded {split}"), []
+        for number in range(wanted):
+            said, painted = sample(rng, ("count", "pair", "word")[number % 3], split)
+            name = f"{number:03d}.png"
+            render(painted, rng, grounded=True).save(place / name, optimize=True)
+            rows.append({"file_name": name, "prompt": sentence(said)})
+        (place / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write the prompt sets of the tiny world.")
-    parser.add_argument("--output", type=Path, required=True, help="the folder that gets NAME/{train,test}.jsonl")
-    write_prompts(parser.parse_args().output)
+    parser = argparse.ArgumentParser(description="Write the prompt sets and the image folder of the tiny world.")
+    parser.add_argument("--output", type=Path, required=True, help="gets prompts/NAME/{train,test}.jsonl and images/")
+    output = parser.parse_args().output
+    write_prompts(output / "prompts")
+    write_style(output / "images")

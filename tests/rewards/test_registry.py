@@ -100,7 +100,7 @@ def test_a_built_in_is_imported_when_it_is_asked_for():
 def test_every_built_in_resolves_under_its_own_name(name):
     (reward,) = load_rewards([{"use": name, "args": FACTORY_ARGS[name]} if name in FACTORIES else name])
     assert (reward.name, reward.weight) == (name if name in FACTORIES else BUILTINS[name].partition(":")[2], 1.0)
-    assert callable(reward.function) and reward.required == ("spec",)
+    assert callable(reward.function) and reward.required == (() if name == "grounded" else ("spec",))
 
 
 @pytest.mark.parametrize("name", sorted(FACTORIES))
@@ -294,7 +294,11 @@ def test_a_column_named_as_an_argument_is_refused_where_every_column_is_taken(co
     ("spec", "error", "fragments"),
     [
         ("shapes_folowing", ValueError, ["unknown reward 'shapes_folowing'", "Did you mean 'shapes_following'?"]),
-        ("zzz", ValueError, ["unknown reward 'zzz'", "There are: shapes_exact", "module:attr or file.py:attr"]),
+        (
+            "zzz",
+            ValueError,
+            ["unknown reward 'zzz'", "There are: grounded, shapes_exact", "module:attr or file.py:attr"],
+        ),
         ("my_reward.py", ValueError, ["unknown reward 'my_reward.py'", "file.py:attr"]),
         (":score", ValueError, ["unknown reward ':score'", "module:attr"]),
         ("my_reward:", ValueError, ["unknown reward 'my_reward:'", "module:attr"]),

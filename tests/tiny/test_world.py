@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from align.tiny import PROMPTS, world
+from align.tiny import IMAGES, PROMPTS, world
 from rewards import shapes
 
 
@@ -124,9 +125,23 @@ def test_committed_prompts_are_what_the_command_writes(tmp_path):
     command = [sys.executable, "-m", "align.tiny.world", "--output", str(tmp_path)]
     subprocess.run(command, check=True, cwd=Path(world.__file__).parents[2])
     written = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*.jsonl")}
-    committed = {path.relative_to(PROMPTS): path.read_text() for path in PROMPTS.rglob("*.jsonl")}
-    assert written.keys() == committed.keys() and len(committed) == 2 * len(world.PROMPT_SETS)
+    places = [*PROMPTS.rglob("*.jsonl"), *IMAGES.rglob("*.jsonl")]
+    committed = {path.relative_to(PROMPTS.parent): path.read_text() for path in places}
+    assert written.keys() == committed.keys() and len(committed) == 2 * len(world.PROMPT_SETS) + 2
     assert [name for name in written if written[name] != committed[name]] == []
+    for path in IMAGES.rglob("*.png"):  # pixels, not bytes: another zlib packs them otherwise
+        with Image.open(path) as one, Image.open(tmp_path / path.relative_to(PROMPTS.parent)) as other:
+            assert (np.asarray(one) == np.asarray(other)).all(), path
+
+
+def test_the_style_is_measured_and_the_prompt_still_followed_in_it():
+    rng = random.Random(0)
+    said = [world.sample(rng, kind)[1] for kind in ("count", "pair", "word") * 10]
+    prompts = [world.sentence(spec) for spec in said]
+    for grounded in (False, True):
+        pictures = [world.render(spec, random.Random(n), grounded=grounded) for n, spec in enumerate(said)]
+        assert shapes.grounded(pictures, prompts) == [float(grounded)] * len(said)
+        assert shapes.shapes_exact(pictures, prompts, spec=said) == [1.0] * len(said)
 
 
 @pytest.mark.parametrize("name", world.PROMPT_SETS)

@@ -1,0 +1,128 @@
+"""What the trainers do at the Trainer's hooks: a moving average of the weights, and stopping on a signal."""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+EMA_WEIGHTS = "ema.safetensors"
+
+
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Name to parameter, for everything that is trained."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trained(parameters: dict[str, torch.nn.Parameter], file: Path) -> None:
+    """Copy a checkpoint's tensors into ``parameters``; raises ValueError naming the first that does not fit."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} is no checkpoint of this library: it has no {file.name}")
+    stored = load_file(file)
+    for name in sorted(parameters.keys() ^ stored.keys()):
+        where = "the checkpoint lacks" if name in parameters else "the model does not train"
+        raise ValueError(f"checkpoint {file.parent} does not fit this run: {where} {name}")
+    for name, parameter in parameters.items():
+        if stored[name].shape != parameter.shape:
+            raise ValueError(
+                f"checkpoint {file.parent} does not fit this run: {name} is {tuple(stored[name].shape)} there and "
+                f"{tuple(parameter.shape)} here (another LoRA rank, or another model)"
+            )
+        with torch.no_grad():
+            parameter.copy_(stored[name])
+
+
+class EMACallback(TrainerCallback):
+    """Exponential moving average of the trained parameters, stored beside each checkpoint."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.average: EMAModel | None = None
+        self.resumed_from: str | None = None
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return list(trained_parameters(self.trainer.model).values())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.average = EMAModel(self._parameters(), decay=args.ema_decay)
+        if state.global_step:
+            assert self.resumed_from is not None
+            folder = Path(self.resumed_from)
+            shadow = dict(zip(trained_parameters(self.trainer.model), self.average.shadow_params, strict=True))
+            load_trained(shadow, folder / EMA_WEIGHTS)
+            self.average.optimization_step = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.average is not None
+        self.average.step(self._parameters())
+
+    def save(self, folder: Path) -> None:
+        """Write the average into a checkpoint."""
+        assert self.average is not None
+        names = trained_parameters(self.trainer.model)
+        shadow = {n: p.detach().cpu().contiguous() for n, p in zip(names, self.average.shadow_params, strict=True)}
+        save_file(shadow, folder / EMA_WEIGHTS)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model carries the average; its own weights come back afterwards."""
+        if self.average is None:
+            yield
+            return
+        self.average.store(self._parameters())
+        self.average.copy_to(self._parameters())
+        try:
+            yield
+        finally:
+            self.average.restore(self._parameters())
+
+
+class InterruptCallback(TrainerCallback):
+    """SIGINT (Ctrl-C) and SIGTERM: finish the update, write a checkpoint, stop. A second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self.stopped = False
+        self._previous: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+        # Not print: the signal may have come in the middle of one.
+        os.write(1, f"\n{self.received}: finishing this update, then writing a checkpoint.\n".encode())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.received, self.stopped = None, False
+        if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+            # `accelerate launch` passes no signal on: ask the kernel for a SIGTERM when it dies.
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        try:
+            self._previous = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # training in another thread than the main one: signals are somebody else's
+            logger.warning("training outside the main thread: signals will not write a checkpoint")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        asked = torch.tensor(float(self.received is not None), device=args.device)
+        if args.world_size > 1:  # the signal may have reached one process only; all must stop after the same update
+            torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+        if asked.item() and not self.stopped and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

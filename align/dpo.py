@@ -1,0 +1,171 @@
+"""DPO for flow-matching image models (Qwen-Image report, arXiv 2508.02324, section 4.1, eq. 3; Diffusion-DPO, 2311.12908).
+
+    accelerate launch align/dpo.py --config configs/tiny/dpo.yaml
+
+A pair of images of one prompt, the chosen and the rejected, is noised to one and the same level with the same noise. The
+policy is trained to lower its error on the chosen image, against its error on the rejected one and against a reference
+that does not move.
+
+Deviations from the report:
+
+- errors are means over latent dimensions, as in Diffusion-DPO's code, so that published values of beta (2000 to 5000 on
+  large models) carry over; the report's norms are sums, whose beta is smaller by the number of dimensions;
+- an SFT term on the chosen image can be added (``sft_weight``), against both errors rising together, as TRL's
+  ``rpo_alpha`` does for text;
+- noise levels are logit-normal and shifted, as in SFT; the report does not say how it draws them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align.data_arguments import PreferenceDataArguments
+from align.evaluation import standard_error
+from align.flow_config import setting
+from align.launch import run_on_images
+from align.losses import DPOLoss, DPOLossType, dpo_loss
+from align.matching import Drawn, MatchingBatch, MatchingConfig, MatchingTrainer, matching_errors
+from preference_data.images import ImageSource
+from preference_data.schemas import Pair
+
+#: Accuracy is logged apart in so many equal parts of the noise levels 0..1.
+SIGMA_BINS = 4
+
+
+@dataclass
+class DPOConfig(MatchingConfig):
+    """Arguments of :class:`DPOTrainer`. ``per_device_train_batch_size`` counts pairs."""
+
+    beta: float = setting(
+        2000.0,
+        "How strongly the policy is held to the reference, on errors that are means over latent dimensions "
+        "(Diffusion-DPO's 2000 to 5000); for errors that are sums divide by tokens x channels.",
+    )
+    loss_type: DPOLossType = setting("sigmoid", "sigmoid (DPO), hinge (SLiC) or ipo.")
+    label_smoothing: float = setting(0.0, "Share of pairs believed to be labelled wrongly (cDPO), in [0, 0.5).")
+    sft_weight: float = setting(0.0, "Weight of the flow-matching loss of the chosen image, added to the loss.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_choices(loss_type=DPOLossType)
+        self.check_positive("beta")
+        self.check_least("sft_weight", 0)
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must lie in [0, 0.5), found {self.label_smoothing}")
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ValueError(f"label_smoothing belongs to loss_type sigmoid, found loss_type {self.loss_type}")
+
+
+class DPOTrainer(MatchingTrainer):
+    """Direct preference optimisation on pairs of images.
+
+    Args:
+        model: what is trained, see :class:`align.models.base.FlowModel`, or the name of a Qwen-Image. Its present
+            weights, an adapter already loaded included, are the reference.
+        args: see :class:`DPOConfig`.
+        train_dataset: pairs, as ``preference_data.pairs.build_pairs`` gives them.
+        eval_dataset: the same, held out; logged as ``eval_loss`` and ``eval_accuracy``.
+        rewards, eval_prompts, guard_datasets: samples during training, see :class:`align.trainer.FlowTrainer`.
+        peft_config: train this adapter; without it the whole transformer (or the adapter already loaded).
+        on_bad_row: ``error`` or ``skip``, for an image that cannot be decoded.
+
+    Raises:
+        BadRow: naming file, row and column of a prompt or image that cannot be used.
+    """
+
+    args: DPOConfig
+    algorithm = "DPO"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.check_reference("DPO")
+        self.flow.keep_reference()
+
+    def images_of(self, record: Pair) -> tuple[str, list[ImageSource]]:
+        return record.prompt, [record.chosen, record.rejected]
+
+    def _prepare_inputs(self, inputs: Sequence[Drawn]) -> MatchingBatch:
+        with self.metrics.timed("data"):
+            return MatchingBatch.draw(inputs, self.store, self.args, self.accelerator.device)
+
+    def _errors(self, batch: MatchingBatch, model: torch.nn.Module) -> tuple[Tensor, Tensor]:
+        """(P, 2) errors of chosen and rejected image: the policy's, with gradient, and the reference's."""
+        # A frozen copy was made before the launcher wrapped the model in its autocast: give it the same.
+        with torch.no_grad(), self.accelerator.autocast(), self.flow.reference(model) as reference:
+            errors_ref = matching_errors(self.flow, batch, reference)
+        self.count_forwards(errors_ref.numel(), trained=False)
+        return matching_errors(self.flow, batch, model), errors_ref
+
+    def _loss(self, errors: Tensor, errors_ref: Tensor) -> DPOLoss:
+        chosen, rejected = errors.unbind(1)
+        chosen_ref, rejected_ref = errors_ref.unbind(1)
+        args = self.args
+        return dpo_loss(chosen, rejected, chosen_ref, rejected_ref, args.beta, args.loss_type, args.label_smoothing)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: MatchingBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        """Report eq. 3, and ``sft_weight`` times eq. 2 of the chosen image."""
+        errors, errors_ref = self._errors(inputs, model)
+        self.count_forwards(errors.numel(), trained=True)
+        result = self._loss(errors, errors_ref)
+        self._record(result, errors.detach(), errors_ref, inputs.sigma)
+        return result.loss.mean() + self.args.sft_weight * errors[:, 0].mean()
+
+    def _record(self, result: DPOLoss, errors: Tensor, errors_ref: Tensor, sigma: Tensor) -> None:
+        self.metrics.record(
+            **{
+                "rewards/chosen": result.chosen_reward.mean().item(),
+                "rewards/rejected": result.rejected_reward.mean().item(),
+                "rewards/margins": (result.chosen_reward - result.rejected_reward).mean().item(),
+                "rewards/accuracies": result.accuracy.mean().item(),
+                # Above 1 the policy fits even the chosen images worse than the reference did: damage.
+                "chosen_error_to_reference": (errors[:, 0] / errors_ref[:, 0]).mean().item(),
+            }
+        )
+        bins = (sigma * SIGMA_BINS).long().clamp(max=SIGMA_BINS - 1)
+        for part in bins.unique().tolist():
+            name = f"accuracy_sigma_{part / SIGMA_BINS:.2f}-{(part + 1) / SIGMA_BINS:.2f}"
+            self.metrics.record(**{name: result.accuracy[bins == part].mean().item()})
+
+    def held_out_errors(self, batch: MatchingBatch) -> Tensor:
+        return torch.cat(self._errors(batch, self.model_wrapped), 1)
+
+    def held_out_summary(self, values: Tensor, prefix: str) -> dict[str, float]:
+        pairs, levels, _ = values.shape
+        flat = values.flatten(0, 1)
+        result = self._loss(flat[:, :2], flat[:, 2:])
+        loss, accuracy = result.loss.view(pairs, levels), result.accuracy.view(pairs, levels)
+        margin = (result.chosen_reward - result.rejected_reward).view(pairs, levels)
+        metrics = {
+            f"{prefix}_num_pairs": float(pairs),
+            f"{prefix}_loss": loss.mean().item(),
+            f"{prefix}_loss_se": standard_error(loss.mean(1)),
+            # Of single draws, as in training; and of pairs, each judged by its mean over the noise levels.
+            f"{prefix}_accuracy": accuracy.mean().item(),
+            f"{prefix}_accuracy_se": standard_error(accuracy.mean(1)),
+            f"{prefix}_pair_accuracy": ((torch.sign(margin.mean(1)) + 1) / 2).mean().item(),
+            f"{prefix}_margin": margin.mean().item(),
+            f"{prefix}_chosen_error_to_reference": (flat[:, 0] / flat[:, 2]).mean().item(),
+        }
+        by_level = zip(self.level_names(), accuracy.mean(0).tolist(), strict=True)
+        return metrics | {f"{prefix}_accuracy_at_{level}": value for level, value in by_level}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train from a config."""
+    run_on_images(PreferenceDataArguments, DPOConfig, DPOTrainer, argv)
+
+
+if __name__ == "__main__":
+    # Run by path this file is `__main__`; its classes must be known by their own module's name in what is saved.
+    from align.dpo import main as run
+
+    run()

@@ -1,0 +1,194 @@
+"""Make preferences: sample several images of every prompt, score them, and write a ranked data set to train on.
+
+    accelerate launch align/generate.py --config configs/tiny/generate.yaml
+
+The images are the model's own, drawn by the ODE from different noise, with or without an adapter. What is written,
+parquet with a row for each prompt (``prompt, images, scores``, ``scores_NAME`` for each reward, and the columns of the
+prompts), is what ``align/dpo.py`` and ``python -m preference_data.inspect`` read. A run that was stopped goes on where it
+was when it is started again; each of several processes does its share.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from align.arguments import ModelArguments, parse, plain_errors, resolve_dataset
+from align.evaluation import check_columns, columns_of
+from align.flow_config import setting
+from align.launch import load_model
+from align.models.base import FlowModel
+from align.ranking import extra_columns, write_groups
+from align.rollout import ImageKey, SamplingPlan, rollout
+from preference_data.prompts import load_prompts
+from preference_data.writer import RankedWriter
+from rewards import Reward, RewardError, load_rewards, score
+
+
+@dataclass
+class GenerateArguments:
+    """Prompts, rewards, and how images are sampled."""
+
+    dataset_name: str = setting("", "Prompts: a file, a folder with train.jsonl, a hub name, or tiny/NAME.")
+    rewards: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Rank the images: built-in names, module:attr or file.py:attr; mappings in a config."},
+    )
+    output_dir: str = setting("", "Folder of the data set: rows go to its subfolder SPLIT, and go on there.")
+    dataset_split: str = setting("train", "Split of the prompts.")
+    max_prompts: int | None = setting(None, "Take the first so many prompts. Default: all.")
+    num_generations: int = setting(8, "Images per prompt.")
+    height: int = setting(512, "Pixels.")
+    width: int = setting(512, "Pixels.")
+    num_inference_steps: int = setting(30, "Denoising steps.")
+    guidance_scale: float = setting(1.0, "True classifier-free guidance; acts above 1, at twice the forwards.")
+    negative_prompt: str = setting(" ", "What guidance steers away from.")
+    rollout_batch_size: int = setting(16, "Images per forward.")
+    prompts_per_file: int = setting(16, "Rows of a parquet file; a crash loses at most so many.")
+    max_failed_fraction: float = setting(0.1, "Share of the images a reward may fail on before the run stops.")
+    use_cpu: bool = setting(False, "Do not use an accelerator.")
+    seed: int = setting(0, "Of the images' noise.")
+
+    def check(self) -> None:
+        """Raise ValueError naming the first setting that cannot be."""
+        for name in ("dataset_name", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing: pass --{name}, or `{name}:` in the config")
+        least = {"num_generations": 2, "num_inference_steps": 2, "rollout_batch_size": 1, "prompts_per_file": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, found {getattr(self, name)}")
+        if self.max_prompts is not None and self.max_prompts < 1:
+            raise ValueError(f"max_prompts must be at least 1, found {self.max_prompts}")
+        if not 0 <= self.max_failed_fraction <= 1:
+            raise ValueError(f"max_failed_fraction must lie in [0, 1], found {self.max_failed_fraction}")
+
+    def plan(self) -> SamplingPlan:
+        """How images are sampled."""
+        return SamplingPlan(
+            height=self.height,
+            width=self.width,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
+            batch_size=self.rollout_batch_size,
+        )
+
+    def decides(self, model: ModelArguments, rewards: Sequence[Reward]) -> dict[str, Any]:
+        """What decides the content of a row: to go on with other values would mix two data sets."""
+        names = (
+            *("dataset_name", "dataset_split", "num_generations", "height", "width", "num_inference_steps"),
+            *("guidance_scale", "negative_prompt", "seed"),
+        )
+        weights = {reward.name: reward.weight for reward in rewards}
+        settings = {name: getattr(self, name) for name in names}
+        return settings | {"model": model.model, "adapter": model.adapter, "rewards": weights}
+
+
+@dataclass
+class Failures:
+    """How many of this process's images each reward failed on."""
+
+    allowed: float
+    images: int = 0
+
+    def __post_init__(self) -> None:
+        self.failed: dict[str, int] = {}
+
+    def count(self, images: int, messages: dict[str, str]) -> None:
+        """Add one batch; raises RewardError once a reward failed on more than the allowed share of all so far."""
+        self.images += images
+        for name, message in messages.items():
+            self.failed[name] = self.failed.get(name, 0) + images
+            share = self.failed[name] / self.images
+            if share > self.allowed:
+                raise RewardError(
+                    f"reward {name!r} failed for {share:.0%} of the images: {message} "
+                    f"(max_failed_fraction={self.allowed}). What is written stays; start again to go on"
+                )
+
+
+def generate(
+    model: FlowModel,
+    dataset: Dataset,
+    rewards: list[Reward],
+    args: GenerateArguments,
+    writer: RankedWriter,
+    process: tuple[int, int] = (0, 1),
+) -> int:
+    """Sample, score and write what ``writer`` has not yet of this process's rows; returns how many it wrote.
+
+    Rows are sampled in batches that neither the number of processes nor an interruption changes (what is there
+    already of a batch is sampled again, not written), and noise is keyed by seed, row and image: the same images always.
+    """
+    index, count = process
+    together = max(1, args.rollout_batch_size // args.num_generations)
+    batches = [range(i, min(i + together, len(dataset))) for i in range(0, len(dataset), together)][index::count]
+    todo = [batch for batch in batches if not writer.done.issuperset(batch)]
+    written = 0
+    failures = Failures(args.max_failed_fraction)
+    with tqdm(total=sum(map(len, todo)), desc="prompts", disable=index > 0) as bar:
+        for numbers in todo:
+            rows = [dataset[number] for number in numbers for _ in range(args.num_generations)]
+            keys = [
+                ImageKey(args.seed, "generate", number, n) for number in numbers for n in range(args.num_generations)
+            ]
+            prompts, there = [row["prompt"] for row in rows], writer.done
+            images = rollout(model, prompts, keys, args.plan()).images
+            table, messages = score(rewards, images, prompts, columns_of(rows))
+            failures.count(len(images), messages)
+            write_groups(writer, numbers, rows, images, rewards, table, args.num_generations, skip=there)
+            written += len(set(numbers) - there)
+            bar.update(len(numbers))
+    return written
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Generate from a config; everything that can be known wrong is said before the model is loaded."""
+    with plain_errors():
+        args, model_args = parse((GenerateArguments, ModelArguments), argv)
+        args.check()
+        rewards = load_rewards(args.rewards)
+        dataset = load_prompts(resolve_dataset(args.dataset_name), args.dataset_split)
+        if args.max_prompts is not None:
+            dataset = dataset.select(range(min(args.max_prompts, len(dataset))))
+        check_columns(rewards, [dataset])
+        model_args.check(args.height, args.width)
+        state = PartialState(cpu=args.use_cpu)
+        writer = RankedWriter(
+            Path(args.output_dir) / args.dataset_split,
+            shard=(state.process_index, state.num_processes),
+            rows_per_file=args.prompts_per_file,
+            rewards=[reward.name for reward in rewards],
+            columns=extra_columns(dataset),
+            settings=args.decides(model_args, rewards),
+        )
+        state.wait_for_everyone()  # before anybody writes, all have seen what is there
+        model: Any = load_model(model_args)
+    model.device = state.device
+    model.transformer.to(state.device)
+    started, there = time.perf_counter(), len(writer.done)
+    try:
+        with writer:
+            generate(model, dataset, rewards, args, writer, (state.process_index, state.num_processes))
+    except RewardError as error:
+        raise SystemExit(f"stopped: {error}") from error
+    state.wait_for_everyone()
+    if state.is_main_process:
+        print(
+            f"{len(dataset) - there} prompts x {args.num_generations} images in {time.perf_counter() - started:.0f} s",
+            end="",
+        )
+        print(f", {there} prompts were there already: {writer.folder}")
+
+
+if __name__ == "__main__":
+    # Run by path this file is `__main__`; its classes must be known by their own module's name in what is saved.
+    from align.generate import main as run
+
+    run()

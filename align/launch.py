@@ -1,0 +1,74 @@
+"""From a command line to a finished run: what the trainers' ``main`` functions share."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from align import reports
+from align.arguments import DTYPES, ModelArguments, check_launch, parse, plain_errors
+from align.models.loading import latent_cell, resolve_folder
+from align.trainer import FlowTrainer
+from preference_data.buckets import make_buckets
+
+
+def load_model(arguments: ModelArguments) -> Any:
+    """The Qwen-Image that the arguments name, with the adapter they name."""
+    from align.models.qwen_image import QwenImage  # imports diffusers: not before the arguments are known to be right
+
+    model = QwenImage.from_pretrained(arguments.model, DTYPES[arguments.dtype], arguments.offload)
+    if arguments.adapter:
+        model.load_adapter(arguments.adapter)
+    return model
+
+
+def train_and_finish(
+    trainer: FlowTrainer, checkpoint: str | None, base_model: str, data: str, settings: dict[str, Any]
+) -> None:
+    """Train, export, and print what changed and where to look; a signal or a failing reward ends it resumably."""
+    args = trainer.args
+    if checkpoint is None and args.should_save:
+        args.clear_earlier_run()
+    started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.interrupted:
+            if trainer.is_world_process_zero():
+                last = f"{args.output_dir}/checkpoint-{trainer.state.global_step}"
+                print(f"interrupted; go on with: --resume_from_checkpoint {last}")
+            return
+        table = trainer.finish(base_model, data, settings)
+    except trainer.stops as error:
+        raise SystemExit(f"stopped at update {trainer.state.global_step}: {error}") from error
+    if trainer.is_world_process_zero():
+        print(f"\n{table}\n\n{trainer.state.global_step} updates in {time.perf_counter() - started:.0f} s; look at:")
+        for path in sorted(p for p in Path(args.output_dir).iterdir() if p.suffix in (".png", ".md")):
+            print(f"  {path}")
+
+
+def run_on_images(data_type: type, config_type: type, trainer_type: type, argv: list[str] | None) -> None:
+    """``main`` of a trainer on images; everything that can be known wrong is said before the model is loaded."""
+    with plain_errors():
+        data, model_args, args = parse((data_type, ModelArguments, config_type), argv)
+        rewards, prompts, guards = data.load_samples()
+        train, held_out = data.load()
+        check_launch(args)
+        args.check_evaluation(held_out is not None or prompts is not None)
+        model_args.check(args.height, args.width)
+        cell = latent_cell(resolve_folder(model_args.model))
+        make_buckets(args.bucket_resolution(cell), cell, args.max_aspect_ratio)
+        checkpoint = args.checkpoint_to_resume()
+    with plain_errors():
+        model = load_model(model_args)
+        trainer = trainer_type(
+            model,
+            args,
+            train,
+            held_out,
+            rewards=rewards,
+            eval_prompts=prompts,
+            guard_datasets=guards,
+            peft_config=model_args.peft_config(),
+            on_bad_row=data.on_bad_row,
+        )
+    settings = reports.changed_settings(data, model_args, args)
+    train_and_finish(trainer, checkpoint, model_args.model, data.dataset_name, settings)
