@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from align.grpo import ConsistencyError, GRPOConfig, GRPOTrainer
 from align.models.qwen_image import QwenImage
+from preference_data.readers import read_preferences
 from rewards import RewardError
 
 PROMPTS = Dataset.from_dict(
@@ -481,3 +482,15 @@ def test_trackers_work_without_a_network(tmp_path, tracker, monkeypatch):
     trainer(tmp_path / "run", report_to=tracker, max_steps=1).train()
     written = {"wandb": "wandb/offline-run-*/*.wandb", "tensorboard": "**/events.out.tfevents.*"}[tracker]
     assert sum(path.stat().st_size for path in tmp_path.glob(written)) > 0
+
+
+def test_a_run_keeps_its_rollouts_as_a_ranked_data_set(tmp_path):
+    run = trainer(tmp_path, save_rollouts=True, max_steps=2)
+    run.train()
+    rows = list(read_preferences(tmp_path / "rollouts"))
+    assert [len(row.images) for row in rows] == [4, 4, 4, 4]  # two rollouts of two groups
+    for row in rows:
+        assert row.prompt in PROMPTS["prompt"]
+        assert row.scores == pytest.approx(brightness([image.open() for image in row.images], []))
+    stored = [score for row in rows for score in row.scores]
+    assert sum(stored[:8]) / 8 == pytest.approx(history(run, "reward")[0])

@@ -171,3 +171,23 @@ def test_a_wrong_word_is_answered_with_a_sentence(outside):
     assert process.returncode != 0
     assert "error: unknown reward 'warm_backgroud'. Did you mean 'warm_background'?" in output
     assert "Traceback" not in output and "Loading pipeline" not in output
+
+
+def test_preferences_are_made_and_trained_on_after_a_style(outside):
+    """SFT, then preferences of its model, then DPO from its LoRA: each by path, each from what the last one left."""
+    launch = [BIN / "accelerate", "launch", "--num_processes", "1"]
+    tiny, cache = ROOT / "configs/tiny", ("--cache_dir", "cache", "--disable_tqdm", "true", "--eval_on_start", "false")
+    run(outside, *launch, ROOT / "align/sft.py", "--config", tiny / "sft_style.yaml", *cache, "--max_steps", "2",
+        "--eval_strategy", "no", "--eval_prompts_name", "tiny/background", "--output_dir", "style")  # fmt: skip
+    run(outside, *launch, ROOT / "align/generate.py", "--config", tiny / "generate.yaml", "--max_prompts", "8",
+        "--adapter", "style", "--rewards", "./my_reward.py:score", "--output_dir", "pairs")  # fmt: skip
+    output = run(outside, *launch, ROOT / "align/dpo.py", "--config", tiny / "dpo.yaml", *cache, "--max_steps", "2",
+        "--eval_strategy", "no", "--dataset_name", "pairs", "--eval_dataset_name", "pairs/train",
+        "--adapter", "style", "--output_dir", "preferred")  # fmt: skip
+    assert "| accuracy | not measured | 0." in output  # evaluated at the end alone
+    log = json.loads((outside / "preferred/trainer_state.json").read_text())["log_history"]
+    assert abs(next(entry["loss"] for entry in log if "loss" in entry) - 0.693147) < 1e-5
+    style, preferred = (
+        load_file(outside / name / "pytorch_lora_weights.safetensors") for name in ("style", "preferred")
+    )
+    assert style.keys() == preferred.keys() and any((style[k] != preferred[k]).any() for k in style)
