@@ -1,10 +1,11 @@
 """What is in a preference data set: ``python -m preference_data.inspect PATH``.
 
-Prints counts, ties, margins, sizes, broken rows and prompts, and with ``--sheet FILE.png`` draws pairs, win left and
-lose right. It reads the whole set once, one row at a time; ``--fast`` looks at the images' headers only.
+Prints counts, ties, margins, sizes, broken rows and prompts, and with ``--sheet FILE.png`` draws some of the pairs,
+win left and lose right. It reads the whole set once, one row at a time; ``--fast`` looks at the images' headers only.
 """
 
 import argparse
+import random
 import statistics
 import sys
 from array import array
@@ -39,7 +40,9 @@ class Findings:
     lengths: array = field(default_factory=lambda: array("l"))
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     prompts: Counter[bytes] = field(default_factory=Counter)  # by digest
-    shown: list[tuple[str, list[Image.Image]]] = field(default_factory=list)
+    shown: list[tuple[int, str, list[Image.Image]]] = field(default_factory=list)  # with its place in the data
+    offered: int = 0
+    _random: random.Random = field(default_factory=lambda: random.Random(0))
 
     def add_record(self, record: Record) -> None:
         self.lengths.append(len(record.prompt))
@@ -53,9 +56,17 @@ class Findings:
         if pair.confidence is not None:
             self.confidences.append(pair.confidence)
 
-    def show(self, prompt: str, images: Sequence[ImageSource]) -> None:
-        """Keep small copies for the sheet."""
-        self.shown.append((prompt, [ImageOps.contain(image.open(), (_TILE, _TILE)) for image in images]))
+    def offer(self, prompt: str, images: Sequence[ImageSource], room: int) -> None:
+        """Keep small copies for the sheet, so that in the end ``room`` of all that were offered, drawn alike, are kept."""
+        place, self.offered = self.offered, self.offered + 1
+        slot = len(self.shown) if len(self.shown) < room else self._random.randrange(self.offered)
+        if slot < room:
+            small = [ImageOps.contain(image.open(), (_TILE, _TILE)) for image in images]
+            self.shown[slot : slot + 1] = [(place, prompt, small)]
+
+    def drawn(self) -> list[tuple[str, list[Image.Image]]]:
+        """What was kept, in the order of the data."""
+        return [(prompt, images) for _, prompt, images in sorted(self.shown, key=lambda kept: kept[0])]
 
 
 def gather(records: Records, strategy: str, min_margin: float, shown: int) -> tuple[Findings, PairCounts | None]:
@@ -77,20 +88,18 @@ def gather(records: Records, strategy: str, min_margin: float, shown: int) -> tu
 
     if captioned:
         for record in measured():
-            if len(findings.shown) < shown:
-                _show(findings, records, record.prompt, record.sources())
+            _offer(findings, records, record.prompt, record.sources(), shown)
         return findings, None
     pairs = build_pairs(measured(), strategy, min_margin=min_margin)  # type: ignore[arg-type]
     for pair in pairs:
         findings.add_pair(pair)
-        if len(findings.shown) < shown:
-            _show(findings, records, pair.prompt, pair.sources())
+        _offer(findings, records, pair.prompt, pair.sources(), shown)
     return findings, pairs.counts
 
 
-def _show(findings: Findings, records: Records, prompt: str, images: Sequence[ImageSource]) -> None:
+def _offer(findings: Findings, records: Records, prompt: str, images: Sequence[ImageSource], room: int) -> None:
     try:
-        findings.show(prompt, images)
+        findings.offer(prompt, images, room)
     except BadRow as error:
         records.report.skip(error)
 
@@ -187,7 +196,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--streaming", action="store_true", help="of a hub data set: without downloading it first")
     parser.add_argument("--fast", action="store_true", help="look at the images' headers only")
     parser.add_argument("--sheet", help="write a contact sheet, PNG")
-    parser.add_argument("--pairs", type=int, default=12, help="how many pairs the sheet shows")
+    parser.add_argument("--pairs", type=int, default=12, help="how many pairs the sheet shows, drawn from all")
     return parser.parse_args(argv)
 
 
@@ -212,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         findings, counts = gather(records, arguments.strategy, arguments.min_margin, shown)
         print(describe(records, findings, counts, arguments.strategy))
         if arguments.sheet:
-            sheet(findings.shown, pairs=counts is not None).save(arguments.sheet)
+            sheet(findings.drawn(), pairs=counts is not None).save(arguments.sheet)
             print(f"wrote {arguments.sheet}: {len(findings.shown)} {'pairs' if counts is not None else 'images'}")
     except (OSError, ValueError) as error:
         print(f"cannot inspect {arguments.path}: {' '.join(str(error).split())}", file=sys.stderr)

