@@ -1,10 +1,5 @@
 """What the trainers do at the Trainer's hooks: a moving average of the weights, and stopping on a signal."""
 
-import ctypes
-import logging
-import os
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +10,8 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
-logger = logging.getLogger(__name__)
+from align.signals import Interrupt
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 EMA_WEIGHTS = "ema.safetensors"
 
 
@@ -93,29 +87,15 @@ class InterruptCallback(TrainerCallback):
     """SIGINT (Ctrl-C) and SIGTERM: finish the update, write a checkpoint, stop. A second SIGINT stops at once."""
 
     def __init__(self) -> None:
-        self.received: str | None = None
+        self.signals = Interrupt("finishing this update, then writing a checkpoint.")
         self.stopped = False
-        self._previous: dict[int, Any] = {}
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
-        # Not print: the signal may have come in the middle of one.
-        os.write(1, f"\n{self.received}: finishing this update, then writing a checkpoint.\n".encode())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.received, self.stopped = None, False
-        if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-            # `accelerate launch` passes no signal on: ask the kernel for a SIGTERM when it dies.
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        try:
-            self._previous = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # training in another thread than the main one: signals are somebody else's
-            logger.warning("training outside the main thread: signals will not write a checkpoint")
+        self.stopped = False
+        self.signals.catch()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        asked = torch.tensor(float(self.received is not None), device=args.device)
+        asked = torch.tensor(float(self.signals.received is not None), device=args.device)
         if args.world_size > 1:  # the signal may have reached one process only; all must stop after the same update
             torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
         if asked.item() and not self.stopped and state.global_step < state.max_steps:
@@ -123,6 +103,4 @@ class InterruptCallback(TrainerCallback):
 
     def restore(self) -> None:
         """Give the signals back to whoever had them."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+        self.signals.restore()

@@ -131,9 +131,8 @@ class DPOTrainer(MatchingTrainer):
             }
         )
         bins = (sigma * SIGMA_BINS).long().clamp(max=SIGMA_BINS - 1)
-        for part in bins.unique().tolist():
-            name = f"accuracy_sigma_{part / SIGMA_BINS:.2f}-{(part + 1) / SIGMA_BINS:.2f}"
-            self.metrics.record(**{name: result.accuracy[bins == part].mean().item()})
+        for part, accuracy in zip(bins.tolist(), result.accuracy.tolist(), strict=True):
+            self.metrics.record(**{f"accuracy_sigma_{part / SIGMA_BINS:.2f}-{(part + 1) / SIGMA_BINS:.2f}": accuracy})
 
     def held_out_errors(self, batch: MatchingBatch) -> Tensor:
         return torch.cat(self._errors(batch, self.model_wrapped), 1)

@@ -5,7 +5,8 @@
 The images are the model's own, drawn by the ODE from different noise, with or without an adapter. What is written,
 parquet with a row for each prompt (``prompt, images, scores``, ``scores_NAME`` for each reward, and the columns of the
 prompts), is what ``align/dpo.py`` and ``python -m preference_data.inspect`` read. A run that was stopped goes on where it
-was when it is started again; each of several processes does its share.
+was when it is started again; each of several processes does its share. A signal (Ctrl-C, or a scheduler's SIGTERM) lets it
+finish the batch and write what there is.
 """
 
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
 
@@ -25,6 +27,7 @@ from align.launch import load_model
 from align.models.base import FlowModel
 from align.ranking import extra_columns, write_groups
 from align.rollout import ImageKey, SamplingPlan, rollout
+from align.signals import Interrupt
 from preference_data.prompts import load_prompts
 from preference_data.writer import RankedWriter
 from rewards import Reward, RewardError, load_rewards, score
@@ -120,11 +123,13 @@ def generate(
     args: GenerateArguments,
     writer: RankedWriter,
     process: tuple[int, int] = (0, 1),
+    interrupt: Interrupt | None = None,
 ) -> int:
     """Sample, score and write what ``writer`` has not yet of this process's rows; returns how many it wrote.
 
     Rows are sampled in batches that neither the number of processes nor an interruption changes (what is there
     already of a batch is sampled again, not written), and noise is keyed by seed, row and image: the same images always.
+    Once ``interrupt`` has received a signal, no further batch is begun.
     """
     index, count = process
     together = max(1, args.rollout_batch_size // args.num_generations)
@@ -134,6 +139,8 @@ def generate(
     failures = Failures(args.max_failed_fraction)
     with tqdm(total=sum(map(len, todo)), desc="prompts", disable=index > 0) as bar:
         for numbers in todo:
+            if interrupt is not None and interrupt.received:
+                break
             rows = [dataset[number] for number in numbers for _ in range(args.num_generations)]
             keys = [
                 ImageKey(args.seed, "generate", number, n) for number in numbers for n in range(args.num_generations)
@@ -172,19 +179,20 @@ def main(argv: list[str] | None = None) -> None:
         model: Any = load_model(model_args)
     model.device = state.device
     model.transformer.to(state.device)
-    started, there = time.perf_counter(), len(writer.done)
+    process = (state.process_index, state.num_processes)
+    started, there = time.perf_counter(), len(writer.done.intersection(range(len(dataset))))
     try:
-        with writer:
-            generate(model, dataset, rewards, args, writer, (state.process_index, state.num_processes))
+        with Interrupt("finishing this batch, then writing what there is.") as interrupt:
+            with writer:
+                written = generate(model, dataset, rewards, args, writer, process, interrupt)
+            written = sum(gather_object([written]))  # waits for everyone
     except RewardError as error:
         raise SystemExit(f"stopped: {error}") from error
-    state.wait_for_everyone()
     if state.is_main_process:
-        print(
-            f"{len(dataset) - there} prompts x {args.num_generations} images in {time.perf_counter() - started:.0f} s",
-            end="",
-        )
+        print(f"{written} prompts x {args.num_generations} images in {time.perf_counter() - started:.0f} s", end="")
         print(f", {there} prompts were there already: {writer.folder}")
+        if there + written < len(dataset):
+            print(f"interrupted; go on with the same command: {len(dataset) - there - written} prompts are left")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class FlowTrainer(Trainer):
             raise ValueError("the model has an adapter already: give no peft_config, or load the model without it")
         set_seed(args.seed)  # before the adapter's initial weights are drawn, on every process alike
         dead = model.add_lora(peft_config) if peft_config is not None else [] if model.adapter else model.unfreeze()
-        if dead:
+        if dead and args.process_index == 0:
             logger.warning("not trained, because no gradient can reach them: %s", ", ".join(dead))
         transformer = cast(Any, model.transformer)
         # What transformers calls by these names, diffusers has by others.

@@ -18,7 +18,7 @@ FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("
 FLOORS = (
     {"flow", "losses", "advantages"},
     {"models", "tiny"},
-    {"rollout", "buffer", "evaluation", "trainer", "callbacks", "arguments", "metrics", "reports"}
+    {"rollout", "buffer", "evaluation", "trainer", "callbacks", "signals", "arguments", "metrics", "reports"}
     | {"flow_config", "grpo_config", "latents", "matching", "data_arguments", "launch", "ranking"},
     {"sft", "dpo", "grpo", "generate"},
 )
