@@ -1,5 +1,6 @@
 """Data arguments of the command lines: what is trained on, and which held-out prompts are sampled and scored."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,13 +73,15 @@ class CaptionedDataArguments(SampleArguments):
     on_bad_row: str = setting("error", "A row that cannot be used: error stops, skip leaves it out and lists it.")
 
     def load(self) -> tuple[Records[CaptionedImage], Records[CaptionedImage] | None]:
-        """Training and held-out images."""
+        """Training and held-out images; raises BadRow for a file that is known to be bad without decoding it."""
         need(self.dataset_name)
         train = self._read(self.dataset_name, self.dataset_split)
         return train, self._read(self.eval_dataset_name, self.eval_split) if self.eval_dataset_name else None
 
     def _read(self, name: str, split: str) -> Records[CaptionedImage]:
-        return read_captioned(resolve_dataset(name), split, trigger=self.trigger, on_bad_row=self.on_bad_row)
+        records = read_captioned(resolve_dataset(name), split, trigger=self.trigger, on_bad_row=self.on_bad_row)
+        records.check_files(quiet=_is_other_process())
+        return records
 
 
 @dataclass
@@ -102,7 +105,7 @@ class PreferenceDataArguments(SampleArguments):
     on_bad_row: str = setting("error", "A row that cannot be used: error stops, skip leaves it out and lists it.")
 
     def load(self) -> tuple[Iterable[Pair], Iterable[Pair] | None]:
-        """Training and held-out pairs."""
+        """Training and held-out pairs; raises BadRow for a file that is known to be bad without decoding it."""
         need(self.dataset_name)
         train = self._read(self.dataset_name, self.dataset_split)
         return train, self._read(self.eval_dataset_name, self.eval_split) if self.eval_dataset_name else None
@@ -115,12 +118,18 @@ class PreferenceDataArguments(SampleArguments):
             on_bad_row=self.on_bad_row,
             streaming=self.streaming,
         )
+        records.check_files(quiet=_is_other_process())
         if not self.merge_annotators:
             return build_pairs(
                 records, self.pair_strategy, min_margin=self.min_margin, min_confidence=self.min_confidence
             )
         merged = merge_votes(build_pairs(records, self.pair_strategy))
         return build_pairs(merged, self.pair_strategy, min_margin=self.min_margin, min_confidence=self.min_confidence)
+
+
+def _is_other_process() -> bool:
+    """Whether the launcher started this process beside a main one, which shows the progress."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 def need(dataset_name: str) -> None:

@@ -5,7 +5,8 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,15 +136,27 @@ class ImageSource:
         """(width, height) as :meth:`open` would give it, from the header alone. Raises BadRow without one."""
         if self.picture is not None:
             return _turned_size(self.picture)
+        with self._header() as image:
+            # Pillow looks for EXIF behind a PNG's pixels, and decodes them all to get there: only if it is there.
+            if image.format == "PNG" and "exif" not in image.info and b"eXIf" not in self.read():
+                return image.size
+            return _turned_size(image)
+
+    def check_header(self) -> None:
+        """Raise BadRow if the file is missing or empty, or begins like no image. Reads no more than its beginning."""
+        if self.picture is None:
+            with self._header():
+                return
+
+    @contextmanager
+    def _header(self) -> Iterator[Image.Image]:
+        """The encoded image, of which nothing but the header is read yet."""
         self.check()
         file = self.path if self.path is not None else io.BytesIO(self.read())
         try:
             with Image.open(file) as image:
                 self._check_pixels(image)
-                # Pillow looks for EXIF behind a PNG's pixels, and decodes them all to get there: only if it is there.
-                if image.format == "PNG" and "exif" not in image.info and b"eXIf" not in self.read():
-                    return image.size
-                return _turned_size(image)
+                yield image
         except BadRow:
             raise
         except (*_DECODING, _BOMB) as error:

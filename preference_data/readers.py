@@ -1,7 +1,8 @@
 """Preferences and captioned images out of what people have: :func:`read_preferences` and :func:`read_captioned`.
 
 Both are lazy: rows are read one at a time, each time the result is iterated, and no image is decoded unless asked for.
-What can be told beforehand (a missing path, column, format, caption or first image) is told when they are called.
+What can be told beforehand (a missing path, column, format, caption or first image) is told when they are called;
+:meth:`Records.check_files` looks at all rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+from tqdm import tqdm
 
 from preference_data.cells import Cells
 from preference_data.formats import IMAGE, PROMPT, by_prompt, captioned, find_layout
@@ -101,6 +104,20 @@ class Records(Generic[Item]):
             report.records += 1
             report.ties += isinstance(item, Pair) and item.is_tie
             yield item
+
+    def check_files(self, quiet: bool = False) -> None:
+        """Raise BadRow for the first row that cannot be used, or that names a file which is missing, empty or no image.
+
+        One pass over all rows, with a progress bar where it takes long, unless ``quiet``. Of the images' files no more
+        than the headers are read: whether one is cut short is known when it is decoded. Where it would not be cheap,
+        nothing is checked: rows that hold the images' bytes (parquet, tars) and hub data sets would be read twice.
+        Nor is anything where bad rows are skipped.
+        """
+        if self.on_bad_row != "error" or not self.source.by_path:
+            return
+        for record in tqdm(self, desc="checking files", unit=" rows", delay=2, leave=False, disable=quiet):
+            for image in record.sources():
+                image.check_header()
 
     def _items(self, report: Report, base: Path | None) -> Iterator[Item | BadRow | None]:
         def rows() -> Iterator[Row | BadRow]:

@@ -22,6 +22,8 @@ from preference_data.images import BadRow
 
 #: Endings of files that hold an image.
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+#: Endings of files of text, which hold the paths of images and not their bytes.
+TEXT = (".jsonl", ".json", ".csv")
 _PARQUET_ROWS = 16  # in memory at once
 _CHUNK = 1 << 20
 _BETWEEN = re.compile(r"[\s,\[\]\ufeff]*")  # between the objects of a JSON list

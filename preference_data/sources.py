@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from preference_data.images import BadRow
-from preference_data.rows import IMAGE_ENDINGS, READERS, Row, ending_of, read_rows, sample_row
+from preference_data.rows import IMAGE_ENDINGS, READERS, TEXT, Row, ending_of, read_rows, sample_row
 
 #: Files that tell about a data set and hold no rows of it.
 _NO_ROWS = {"writer.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json"}
@@ -17,9 +17,13 @@ _BATCH = 16
 
 
 class Source(Protocol):
-    """Rows that can be read again and again. name: for messages."""
+    """Rows that can be read again and again.
+
+    name: for messages. by_path: whether the rows only name the files of their images, so that reading them is cheap.
+    """
 
     name: str
+    by_path: bool
 
     def __iter__(self) -> Iterator[Row | BadRow]: ...
 
@@ -30,6 +34,7 @@ class Files:
     def __init__(self, name: str, files: Iterable[Path]) -> None:
         self.name = name
         self.files = list(files)
+        self.by_path = all(ending_of(file) in TEXT for file in self.files)
 
     def __iter__(self) -> Iterator[Row | BadRow]:
         for file in self.files:
@@ -48,6 +53,7 @@ class ImageFolder:
         self.name = str(folder)
         self.folder = folder
         self.metadata = next((folder / name for name in _METADATA if (folder / name).is_file()), None)
+        self.by_path = self.metadata is None or ending_of(self.metadata) in TEXT
 
     def __iter__(self) -> Iterator[Row | BadRow]:
         listed: set[str] = set()
@@ -94,6 +100,8 @@ class ImageFolder:
 
 class InMemory:
     """A `datasets.Dataset` or `IterableDataset`; images are taken as they are stored, not decoded."""
+
+    by_path = False
 
     def __init__(self, name: str, dataset: Any) -> None:
         if hasattr(dataset, "keys"):

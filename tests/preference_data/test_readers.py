@@ -236,3 +236,39 @@ def test_a_broken_captioned_image_is_found_on_the_way(style):
     (style / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     records = read_captioned(style, trigger="x", verify_images=True, on_bad_row="skip")
     assert len(list(records)) == 2 and "b.png is broken" in records.report.skipped[0]
+
+
+# --- All rows, before anything else is loaded ---
+
+
+@pytest.mark.parametrize("kind", ["missing file", "broken image", "empty prompt"])
+def test_all_rows_are_checked_where_they_only_name_files(folder, kind):
+    row, problem = BAD[kind]
+    (folder / "cut.png").write_text("<html>404</html>")
+    file = json_lines(folder / "a.jsonl", [pair(), pair(), row])
+    with pytest.raises(BadRow, match=rf"a\.jsonl, row 2, {problem}"):
+        read_preferences(file).check_files()
+    skipping = read_preferences(file, on_bad_row="skip")
+    skipping.check_files()
+    assert skipping.report.rows == 0  # not read: there is nothing that it could raise
+    json_lines(file, [pair(), pair()])
+    read_preferences(file).check_files()
+
+
+def test_checking_reads_no_more_than_headers(style, monkeypatch):
+    for name in ("a", "b", "sub/c"):
+        (style / f"{name}.txt").write_text("x")
+    noise().save(style / "b.png")
+    (style / "b.png").write_bytes((style / "b.png").read_bytes()[:2000])
+    monkeypatch.setattr("pathlib.Path.read_bytes", lambda file: pytest.fail(f"{file} was read as a whole"))
+    read_captioned(style).check_files()  # cut short behind its header: known when it is decoded
+    (style / "sub/c.png").write_text("no image")
+    with pytest.raises(BadRow, match=r"c\.png, column 'image': the image .*c\.png is broken: cannot identify"):
+        read_captioned(style).check_files()
+
+
+def test_images_within_the_rows_are_not_read_twice(tmp_path):
+    rows = [{"image": {"bytes": content, "path": None}, "caption": "c"} for content in (encoded(1), b"no image")]
+    records = read_captioned(parquet(tmp_path / "a.parquet", rows))
+    records.check_files()
+    assert records.report.rows == 0
