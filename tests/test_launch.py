@@ -1,17 +1,14 @@
 """Runs as a user starts them: real processes, from a folder outside the checkout."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from launched import BIN, GLOO, ROOT, TWO, run, start
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
 CONFIG = ["--config", str(ROOT / "configs/tiny/grpo.yaml")]
 SHORT = [
     *("--eval_strategy", "no", "--eval_on_start", "false", "--num_generations", "4", "--generation_batch_size", "8"),
@@ -31,21 +28,6 @@ def score(images, prompts, spec):
 def outside(tmp_path):
     (tmp_path / "my_reward.py").write_text(REWARD)
     return tmp_path
-
-
-def start(folder: Path, *words: str) -> subprocess.Popen:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        [str(word) for word in words], cwd=folder, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def run(folder: Path, *words: str) -> str:
-    process = start(folder, *words)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-3000:]
-    return output
 
 
 @pytest.mark.parametrize(
@@ -152,11 +134,7 @@ def test_two_processes_make_the_images_and_the_updates_of_one(outside):
     words += ["--gradient_accumulation_steps", "1"]  # two updates a rollout: its rows must be dealt alike
     words += ["--optim", "sgd", "--learning_rate", "1"]  # Adam's first steps amplify rounding to the learning rate
     run(outside, sys.executable, *words, "--output_dir", "one")
-    launch = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2"]
-    run(
-        outside, *launch, *words, "--output_dir", "two", "--per_device_train_batch_size", "4",
-        "--use_cpu", "true", "--ddp_backend", "gloo",
-    )  # fmt: skip
+    run(outside, *TWO, *words, "--output_dir", "two", "--per_device_train_batch_size", "4", *GLOO)
     logs = [json.loads((outside / name / "trainer_state.json").read_text())["log_history"] for name in ("one", "two")]
     for key in ("reward", "reward_std", "loss", "grad_norm", "forward_equivalents"):
         one, two = ([entry[key] for entry in log if key in entry] for log in logs)
@@ -173,8 +151,8 @@ def test_a_wrong_word_is_answered_with_a_sentence(outside):
     assert "Traceback" not in output and "Loading pipeline" not in output
 
 
-def test_preferences_are_made_and_trained_on_after_a_style(outside):
-    """SFT, then preferences of its model, then DPO from its LoRA: each by path, each from what the last one left."""
+def test_each_algorithm_goes_on_from_the_last_one(outside):
+    """SFT, preferences of its model, DPO from its LoRA, GRPO from DPO's: each by path, each from what the last one left."""
     launch = [BIN / "accelerate", "launch", "--num_processes", "1"]
     tiny, cache = ROOT / "configs/tiny", ("--cache_dir", "cache", "--disable_tqdm", "true", "--eval_on_start", "false")
     run(outside, *launch, ROOT / "align/sft.py", "--config", tiny / "sft_style.yaml", *cache, "--max_steps", "2",
@@ -191,3 +169,10 @@ def test_preferences_are_made_and_trained_on_after_a_style(outside):
         load_file(outside / name / "pytorch_lora_weights.safetensors") for name in ("style", "preferred")
     )
     assert style.keys() == preferred.keys() and any((style[k] != preferred[k]).any() for k in style)
+    # At no learning rate GRPO leaves the LoRA as DPO left it, which is also the reference of its KL.
+    run(outside, *launch, ROOT / "align/grpo.py", *CONFIG, *SHORT, "--rewards", "./my_reward.py:score", "--max_steps", "1",
+        "--adapter", "preferred", "--learning_rate", "0", "--beta", "0.1", "--output_dir", "rewarded")  # fmt: skip
+    rewarded = load_file(outside / "rewarded/pytorch_lora_weights.safetensors")
+    assert rewarded.keys() == preferred.keys() and all((rewarded[k] == preferred[k]).all() for k in preferred)
+    log = json.loads((outside / "rewarded/trainer_state.json").read_text())["log_history"]
+    assert next(entry["kl"] for entry in log if "kl" in entry) == 0
