@@ -175,4 +175,4 @@ def test_each_algorithm_goes_on_from_the_last_one(outside):
     rewarded = load_file(outside / "rewarded/pytorch_lora_weights.safetensors")
     assert rewarded.keys() == preferred.keys() and all((rewarded[k] == preferred[k]).all() for k in preferred)
     log = json.loads((outside / "rewarded/trainer_state.json").read_text())["log_history"]
-    assert next(entry["kl"] for entry in log if "kl" in entry) == 0
+    assert next(entry["kl_total"] for entry in log if "kl_total" in entry) == 0

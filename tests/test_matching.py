@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import QwenImagePipeline
-from peft import LoraConfig
+from matching_runs import GROUNDED, dpo, lora, losses, settings, sft, some_pairs
 from PIL import Image
 
 from align.dpo import DPOConfig, DPOTrainer
@@ -16,62 +16,13 @@ from align.latents import LatentStore
 from align.matching import BucketSampler, MatchingBatch, matching_errors
 from align.models.qwen_image import QwenImage
 from align.sft import SFTConfig, SFTTrainer
-from align.tiny import CHECKPOINT, IMAGES
+from align.tiny import CHECKPOINT
 from preference_data.buckets import Bucket, make_buckets
 from preference_data.images import BadRow, ImageSource
 from preference_data.pairs import build_pairs
 from preference_data.readers import read_captioned, read_preferences
-from preference_data.schemas import Pair
 from preference_data.writer import RankedWriter
 from rewards import load_rewards
-
-GROUNDED = str(IMAGES / "grounded")
-
-
-def settings(folder, **overrides):
-    return {
-        "output_dir": str(folder),
-        "height": 64,
-        "width": 64,
-        "num_inference_steps": 3,
-        "per_device_train_batch_size": 4,
-        "max_steps": 3,
-        "learning_rate": 1e-3,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "cache_dir": str(folder / "cache"),
-    } | overrides
-
-
-def lora() -> LoraConfig:
-    return LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian")
-
-
-def losses(trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def sft(folder, data=None, **overrides) -> SFTTrainer:
-    data = data if data is not None else read_captioned(GROUNDED)
-    return SFTTrainer(
-        QwenImage.from_pretrained("tiny"), SFTConfig(**settings(folder, **overrides)), data, peft_config=lora()
-    )
-
-
-def some_pairs() -> list[Pair]:
-    """Pairs of the style's images: odd ones chosen."""
-    rows = list(read_captioned(GROUNDED))[:8]
-    return [
-        Pair(row.prompt, chosen=row.image, rejected=other.image)
-        for row, other in zip(rows[::2], rows[1::2], strict=True)
-    ]
-
-
-def dpo(folder, pairs=None, **overrides) -> DPOTrainer:
-    args = DPOConfig(**settings(folder, beta=30.0, **overrides))
-    return DPOTrainer(QwenImage.from_pretrained("tiny"), args, pairs or some_pairs(), peft_config=lora())
 
 
 def stock_errors(pipeline, images, prompt, noise, sigma) -> torch.Tensor:
