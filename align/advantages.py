@@ -1,4 +1,4 @@
-"""Group-relative advantages (Qwen-Image report eq. 4), with several rewards and with images left unscored.
+"""Group-relative advantages (Qwen-Image report eq. 4), with several rewards and with images left unscored; and pairs.
 
 Rewards come as one tensor (N, R): N images in groups of ``num_generations`` consecutive rows that share a prompt, R
 rewards, NaN where a reward gave no score. A missing score is never a number: it would move the group's mean and so
@@ -116,6 +116,37 @@ def group_advantages(
         advantages = advantages.clamp(-clip, clip)
     dead = 1.0 - live.any(1).float().mean().item()
     return GroupAdvantages(advantages.float().flatten(), live.flatten(), total.float(), dead)
+
+
+class BestWorst(NamedTuple):
+    """Result of :func:`best_worst`.
+
+    best, worst: (P,) indices into the N images, of each group's highest and lowest score. live: (P,) bool, groups that
+    make a pair; elsewhere the indices mean nothing. rewards: (N,) the weighted sum, NaN where an image has none.
+    """
+
+    best: Tensor
+    worst: Tensor
+    live: Tensor
+    rewards: Tensor
+
+
+def best_worst(
+    rewards: Tensor, num_generations: int, weights: Tensor | None = None, min_margin: float = 0.0
+) -> BestWorst:
+    """The best and the worst image of each prompt, by the weighted sum of (N, R) rewards, NaN for not scored.
+
+    Of equal images the first. A group whose scores are all equal but for rounding, or differ by less than
+    ``min_margin``, or with fewer than two scores, makes no pair.
+    """
+    weights = torch.ones(rewards.shape[1]) if weights is None else weights
+    total = combine_rewards(rewards, weights, num_generations)
+    scores = _grouped(total, num_generations)
+    live = _centre(scores)[2].any(1)
+    highest, best = scores.masked_fill(scores.isnan(), -torch.inf).max(1)
+    lowest, worst = scores.masked_fill(scores.isnan(), torch.inf).min(1)
+    first = torch.arange(len(scores)) * num_generations
+    return BestWorst(first + best, first + worst, live & (highest - lowest >= min_margin), total.float())
 
 
 def _std(values: Tensor) -> Tensor:

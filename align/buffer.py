@@ -1,8 +1,9 @@
-"""The transitions of one rollout, dealt out in micro-batches."""
+"""What one rollout leaves to train on, transitions or pairs, dealt out in micro-batches."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -66,7 +67,7 @@ class TransitionBuffer:
         alive = torch.ones_like(self.live) if dead_too else self.live
         rows = alive.repeat(steps).nonzero().flatten()  # step by step, all processes' images in each
         rows = rows[seeded_noise((self.seed, self.update, "deal", number), (len(rows),)).argsort()]
-        rows = rows[len(rows) * part // self.micro_batches : len(rows) * (part + 1) // self.micro_batches]
+        rows = rows[_part(len(rows), part, self.micro_batches)]
         step, image = rows // len(self.live), rows % len(self.live) - self.first
         own = (image >= 0) & (image < images)
         step, image = step[own], image[own]
@@ -114,3 +115,76 @@ class TransitionBuffer:
         sampler = StochasticSampler(**rest.pop("sampler"))
         rest["steps"] = tuple(rest["steps"])
         return cls(Transition(**tensors), advantages=advantages, live=live, sampler=sampler, **rest)
+
+
+@dataclass
+class PairBatch:
+    """Some pairs of a rollout.
+
+    latents: (P, 2, tokens, channels), the chosen image and the rejected. places: what the noise of each is keyed by,
+    (update of the rollout, pass over it, place of the group in it). pairs_in_update: of all processes' micro-batches of
+    this optimizer update together, by which its loss is divided.
+    """
+
+    latents: Tensor
+    prompts: list[str]
+    places: list[tuple[int, int, int]]
+    pairs_in_update: int
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+@dataclass
+class PairBuffer:
+    """The pairs of a rollout of all processes, the same on each of them.
+
+    latents: (P, 2, tokens, channels) on the CPU, P from 0 to the number of groups. prompts: P. groups: P, each pair's
+    place in the rollout. update: number of the rollout. seed: of the order in which pairs are dealt. micro_batches,
+    updates: of one pass over it on each process. process: (index, count).
+    """
+
+    latents: Tensor
+    prompts: list[str]
+    groups: list[int]
+    update: int
+    seed: int
+    micro_batches: int
+    updates: int
+    process: tuple[int, int]
+
+    def micro_batch(self, index: int) -> PairBatch:
+        """This process's part of micro-batch ``index`` of the passes; each pass deals the pairs in another order.
+
+        The pairs of an update are the same however many processes and micro-batches share them, as evenly as they can.
+        """
+        number, part = divmod(index, self.micro_batches)
+        order = seeded_noise((self.seed, self.update, "deal", number), (len(self.groups),)).argsort()
+        process, count = self.process
+        own = order[_part(len(order), part * count + process, self.micro_batches * count)].tolist()
+        together = range(len(order))[_part(len(order), part * self.updates // self.micro_batches, self.updates)]
+        return PairBatch(
+            latents=self.latents[own],
+            prompts=[self.prompts[pair] for pair in own],
+            places=[(self.update, number, self.groups[pair]) for pair in own],
+            pairs_in_update=len(together),
+        )
+
+    def save(self, file: Path) -> None:
+        """Write what is left to train on into a checkpoint, as safetensors."""
+        rest = {"prompts": self.prompts, "groups": self.groups, "update": self.update, "seed": self.seed}
+        save_file({"latents": self.latents.contiguous()}, file, metadata={"rollout": json.dumps(rest)})
+
+    @classmethod
+    def load(cls, file: Path, **split: Any) -> "PairBuffer":
+        """Read what :meth:`save` wrote; ``split``: micro_batches, updates and process. Raises FileNotFoundError."""
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: this checkpoint was taken in the middle of a rollout")
+        with safe_open(file, framework="pt") as stored:
+            latents, rest = stored.get_tensor("latents"), json.loads(stored.metadata()["rollout"])
+        return cls(latents, **rest, **split)
+
+
+def _part(total: int, number: int, parts: int) -> slice:
+    """Part ``number`` of ``total`` things that are split as evenly as they can be."""
+    return slice(total * number // parts, total * (number + 1) // parts)

@@ -29,6 +29,30 @@ def load_guards(names: list[str] | None, split: str) -> dict[str, Dataset]:
 
 
 @dataclass
+class DataArguments:
+    """Prompts and rewards."""
+
+    dataset_name: str = field(
+        metadata={"help": "Prompts: a file, a folder with train.jsonl, a hub name, or tiny/NAME."}
+    )
+    rewards: list[str] = field(metadata={"help": "Built-in names, module:attr or file.py:attr; mappings in a config."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out prompts; default: none."})
+    eval_split: str = field(default="test", metadata={"help": "Split of the held-out prompts and the guards."})
+    guard_dataset_names: list[str] | None = field(
+        default=None, metadata={"help": "Further held-out prompts to watch for damage, logged as eval_NAME_..."}
+    )
+
+    def load(self) -> tuple[Dataset, Dataset | None, dict[str, Dataset]]:
+        """The training, the held-out and the guard prompts."""
+        train = load_prompts(resolve_dataset(self.dataset_name), self.dataset_split)
+        held_out = None
+        if self.eval_dataset_name:
+            held_out = load_prompts(resolve_dataset(self.eval_dataset_name), self.eval_split)
+        return train, held_out, load_guards(self.guard_dataset_names, self.eval_split)
+
+
+@dataclass
 class SampleArguments:
     """Held-out prompts that are sampled while training on images, and what scores the samples."""
 

@@ -24,10 +24,12 @@ from torch import Tensor
 
 from align.data_arguments import PreferenceDataArguments
 from align.evaluation import standard_error
-from align.flow_config import setting
+from align.flow_config import FlowConfig, setting
 from align.launch import run_on_images
 from align.losses import DPOLoss, DPOLossType, dpo_loss
 from align.matching import Drawn, MatchingBatch, MatchingConfig, MatchingTrainer, matching_errors
+from align.metrics import RunMetrics
+from align.trainer import FlowTrainer
 from preference_data.images import ImageSource
 from preference_data.schemas import Pair
 
@@ -36,8 +38,8 @@ SIGMA_BINS = 4
 
 
 @dataclass
-class DPOConfig(MatchingConfig):
-    """Arguments of :class:`DPOTrainer`. ``per_device_train_batch_size`` counts pairs."""
+class DPOSettings(FlowConfig):
+    """The objective of DPO, whatever the pairs come from."""
 
     beta: float = setting(
         2000.0,
@@ -57,6 +59,54 @@ class DPOConfig(MatchingConfig):
             raise ValueError(f"label_smoothing must lie in [0, 0.5), found {self.label_smoothing}")
         if self.label_smoothing and self.loss_type != "sigmoid":
             raise ValueError(f"label_smoothing belongs to loss_type sigmoid, found loss_type {self.loss_type}")
+
+
+@dataclass
+class DPOConfig(DPOSettings, MatchingConfig):
+    """Arguments of :class:`DPOTrainer`. ``per_device_train_batch_size`` counts pairs."""
+
+
+def dpo_errors(trainer: FlowTrainer, batch: MatchingBatch, model: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    """(P, 2) errors of chosen and rejected image: the policy's, with gradient, and the reference's."""
+    # A frozen copy was made before the launcher wrapped the model in its autocast: give it the same.
+    with torch.no_grad(), trainer.accelerator.autocast(), trainer.flow.reference(model) as reference:
+        errors_ref = matching_errors(trainer.flow, batch, reference)
+    trainer.count_forwards(errors_ref.numel(), trained=False)
+    return matching_errors(trainer.flow, batch, model), errors_ref
+
+
+def compare(args: DPOSettings, errors: Tensor, errors_ref: Tensor) -> DPOLoss:
+    """The preference loss of (P, 2) errors of chosen and rejected image, under the policy and under the reference."""
+    chosen, rejected = errors.unbind(1)
+    chosen_ref, rejected_ref = errors_ref.unbind(1)
+    return dpo_loss(chosen, rejected, chosen_ref, rejected_ref, args.beta, args.loss_type, args.label_smoothing)
+
+
+def dpo_objective(trainer: FlowTrainer, args: DPOSettings, batch: MatchingBatch, model: torch.nn.Module) -> Tensor:
+    """(P,) report eq. 3, and ``sft_weight`` times eq. 2 of the chosen image, of every pair; logs what they are made of."""
+    errors, errors_ref = dpo_errors(trainer, batch, model)
+    trainer.count_forwards(errors.numel(), trained=True)
+    result = compare(args, errors, errors_ref)
+    record_pairs(trainer.metrics, result, errors.detach(), errors_ref, batch.sigma)
+    return result.loss + args.sft_weight * errors[:, 0]
+
+
+def record_pairs(metrics: RunMetrics, result: DPOLoss, errors: Tensor, errors_ref: Tensor, sigma: Tensor) -> None:
+    """Log implicit rewards, their accuracy, by noise level too, and how well the chosen images are still fitted."""
+    metrics.record(
+        **{
+            "rewards/chosen": result.chosen_reward.mean().item(),
+            "rewards/rejected": result.rejected_reward.mean().item(),
+            "rewards/margins": (result.chosen_reward - result.rejected_reward).mean().item(),
+            "rewards/accuracies": result.accuracy.mean().item(),
+            # Above 1 the policy fits even the chosen images worse than the reference did: damage.
+            "chosen_error_to_reference": (errors[:, 0] / errors_ref[:, 0]).mean().item(),
+        }
+    )
+    bins = (sigma * SIGMA_BINS).long().clamp(max=SIGMA_BINS - 1)
+    # One value a pair: logs show the mean over pairs, however many of them a micro-batch or a process had.
+    for part, accuracy in zip(bins.tolist(), result.accuracy.tolist(), strict=True):
+        metrics.record(**{f"accuracy_sigma_{part / SIGMA_BINS:.2f}-{(part + 1) / SIGMA_BINS:.2f}": accuracy})
 
 
 class DPOTrainer(MatchingTrainer):
@@ -91,20 +141,6 @@ class DPOTrainer(MatchingTrainer):
         with self.metrics.timed("data"):
             return MatchingBatch.draw(inputs, self.store, self.args, self.accelerator.device)
 
-    def _errors(self, batch: MatchingBatch, model: torch.nn.Module) -> tuple[Tensor, Tensor]:
-        """(P, 2) errors of chosen and rejected image: the policy's, with gradient, and the reference's."""
-        # A frozen copy was made before the launcher wrapped the model in its autocast: give it the same.
-        with torch.no_grad(), self.accelerator.autocast(), self.flow.reference(model) as reference:
-            errors_ref = matching_errors(self.flow, batch, reference)
-        self.count_forwards(errors_ref.numel(), trained=False)
-        return matching_errors(self.flow, batch, model), errors_ref
-
-    def _loss(self, errors: Tensor, errors_ref: Tensor) -> DPOLoss:
-        chosen, rejected = errors.unbind(1)
-        chosen_ref, rejected_ref = errors_ref.unbind(1)
-        args = self.args
-        return dpo_loss(chosen, rejected, chosen_ref, rejected_ref, args.beta, args.loss_type, args.label_smoothing)
-
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -112,35 +148,16 @@ class DPOTrainer(MatchingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        """Report eq. 3, and ``sft_weight`` times eq. 2 of the chosen image."""
-        errors, errors_ref = self._errors(inputs, model)
-        self.count_forwards(errors.numel(), trained=True)
-        result = self._loss(errors, errors_ref)
-        self._record(result, errors.detach(), errors_ref, inputs.sigma)
-        return result.loss.mean() + self.args.sft_weight * errors[:, 0].mean()
-
-    def _record(self, result: DPOLoss, errors: Tensor, errors_ref: Tensor, sigma: Tensor) -> None:
-        self.metrics.record(
-            **{
-                "rewards/chosen": result.chosen_reward.mean().item(),
-                "rewards/rejected": result.rejected_reward.mean().item(),
-                "rewards/margins": (result.chosen_reward - result.rejected_reward).mean().item(),
-                "rewards/accuracies": result.accuracy.mean().item(),
-                # Above 1 the policy fits even the chosen images worse than the reference did: damage.
-                "chosen_error_to_reference": (errors[:, 0] / errors_ref[:, 0]).mean().item(),
-            }
-        )
-        bins = (sigma * SIGMA_BINS).long().clamp(max=SIGMA_BINS - 1)
-        for part, accuracy in zip(bins.tolist(), result.accuracy.tolist(), strict=True):
-            self.metrics.record(**{f"accuracy_sigma_{part / SIGMA_BINS:.2f}-{(part + 1) / SIGMA_BINS:.2f}": accuracy})
+        """The mean of :func:`dpo_objective` over the batch's pairs."""
+        return dpo_objective(self, self.args, inputs, model).mean()
 
     def held_out_errors(self, batch: MatchingBatch) -> Tensor:
-        return torch.cat(self._errors(batch, self.model_wrapped), 1)
+        return torch.cat(dpo_errors(self, batch, self.model_wrapped), 1)
 
     def held_out_summary(self, values: Tensor, prefix: str) -> dict[str, float]:
         pairs, levels, _ = values.shape
         flat = values.flatten(0, 1)
-        result = self._loss(flat[:, :2], flat[:, 2:])
+        result = compare(self.args, flat[:, :2], flat[:, 2:])
         loss, accuracy = result.loss.view(pairs, levels), result.accuracy.view(pairs, levels)
         margin = (result.chosen_reward - result.rejected_reward).view(pairs, levels)
         metrics = {

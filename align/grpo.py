@@ -19,57 +19,29 @@ Deviations from the report:
 - a rollout is scored once by the policy that drew it: the log-probability recorded while sampling is the old one.
 """
 
-import json
-import logging
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
-from datasets import Dataset
-from peft import PeftConfig
 from torch import Tensor
-from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
-from trl.trainer.utils import RepeatSampler
 
-from align import reports
-from align.advantages import GroupAdvantages, group_advantages
-from align.arguments import ModelArguments, check_launch, parse, plain_errors
+from align.advantages import group_advantages
 from align.buffer import MicroBatch, TransitionBuffer
-from align.evaluation import score_rows
+from align.data_arguments import DataArguments
 from align.flow import Transition
-from align.grpo_config import DataArguments, GRPOConfig, check_data
-from align.launch import load_model, train_and_finish
+from align.groups import GroupTrainer
+from align.grpo_config import GRPOConfig
+from align.launch import run_on_groups
 from align.losses import gaussian_kl, grpo_policy_loss
-from align.models.base import FlowModel
-from align.ranking import extra_columns, write_groups
-from align.rollout import ImageKey, Rollout, rollout, velocity_fn
-from align.trainer import FlowTrainer
-from preference_data.writer import RankedWriter
-from rewards import RewardError, load_rewards
-
-logger = logging.getLogger(__name__)
-
-
-#: In a checkpoint: the settings by which a rollout is dealt into updates.
-DEALING = "dealing.json"
-DEAD_ROLLOUTS_TO_WARN = 5
-_NO_DROPOUT = "sampling and replay would see two different policies"
+from align.rollout import velocity_fn
+from rewards import RewardError
 
 
 class ConsistencyError(RuntimeError):
     """Replaying a rollout under the policy that drew it does not give ratio 1."""
 
 
-class EpochRepeatSampler(RepeatSampler):
-    """TRL's RepeatSampler, whose order is a function of (seed, epoch), so that a resumed run goes on in order."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed((self.seed or 0) + epoch)
-
-
-class GRPOTrainer(FlowTrainer):
+class GRPOTrainer(GroupTrainer):
     """Group relative policy optimisation of a flow model.
 
     Args:
@@ -87,101 +59,20 @@ class GRPOTrainer(FlowTrainer):
 
     args: GRPOConfig
     algorithm = "GRPO"
-    phases = ("rollout", "reward", "update")
     stops = (RewardError, ConsistencyError)
 
-    def __init__(
-        self,
-        model: FlowModel | str,
-        rewards: list[Any],
-        args: GRPOConfig,
-        train_dataset: Dataset,
-        eval_dataset: Dataset | None = None,
-        guard_datasets: dict[str, Dataset] | None = None,
-        peft_config: PeftConfig | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-    ) -> None:
-        scored_by = load_rewards(rewards)
-        self.reward_weights = torch.tensor([reward.weight for reward in scored_by])
-        check_data(scored_by, args, train_dataset, eval_dataset, guard_datasets or {})
-        args.check_world(args.world_size)
-        if getattr(peft_config, "lora_dropout", 0):
-            raise ValueError(f"lora_dropout must be 0: {_NO_DROPOUT}")
-        if isinstance(model, str):
-            from align.models.qwen_image import QwenImage
-
-            model = QwenImage.from_pretrained(model)
-        super().__init__(
-            model,
-            args,
-            train_dataset,
-            rewards=scored_by,
-            eval_prompts=eval_dataset,
-            guard_datasets=guard_datasets,
-            peft_config=peft_config,
-            callbacks=callbacks,
-        )
-        if args.beta > 0:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.beta > 0:
             self.check_reference("beta > 0")
-            model.keep_reference()
-        self._buffer: TransitionBuffer | None = None
-        self._micro_step: int | None = None  # micro-batches taken since the start of the run
+            self.flow.keep_reference()
         self._consistent = False
-        self._writer: RankedWriter | None = None
-        self._dead_in_a_row = 0
-
-    # -- prompts: each rollout's rows are handed out again for every micro-batch taken from it ----------------------
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RepeatSampler:
-        return EpochRepeatSampler(
-            data_source=self.train_dataset,
-            mini_repeat_count=self.args.num_generations,
-            batch_size=self.args.generation_batch_size // self.args.num_generations,
-            repeat_count=self.args.micro_batches_per_rollout(self.args.world_size),
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-        )
-
-    def get_train_dataloader(self) -> Any:
-        return self._get_dataloader(
-            dataset=self.train_dataset,
-            description="Training",
-            batch_size=self.args.generation_batch_size // self.args.world_size,
-            sampler_fn=self._get_train_sampler,
-            is_training=True,
-        )
 
     # -- 1 and 2: sample, score, compare ----------------------------------------------------------------------------
 
-    def _prepare_inputs(self, inputs: list[dict[str, Any]]) -> MicroBatch:
-        """A micro-batch of transitions; every so many of them, first a new rollout of the prompts in ``inputs``."""
-        per_rollout = self.args.micro_batches_per_rollout(self.args.world_size)
-        if self._micro_step is None:
-            self._restore()
-            assert self._micro_step is not None
-        if self._micro_step % per_rollout == 0:
-            self._buffer = self._generate(inputs, update=self._micro_step // per_rollout)
-        assert self._buffer is not None
-        batch = self._buffer.micro_batch(self._micro_step % per_rollout)
-        self._micro_step += 1
-        return batch
-
-    def _generate(self, rows: list[dict[str, Any]], update: int) -> TransitionBuffer:
-        args, prompts = self.args, [row["prompt"] for row in rows]
-        with self.metrics.timed("rollout"):
-            result = rollout(
-                self.flow,
-                prompts,
-                self._image_keys(update, len(rows)),
-                args.plan(update),
-                transformer=self.model_wrapped,
-                show_progress=self.is_world_process_zero() and not args.disable_tqdm,
-            )
-        with self.metrics.timed("reward"):
-            rewards = self._score(rows, result)
-        self.metrics.forward_equivalents += result.forwards
-        mine = slice(args.process_index * len(rows), (args.process_index + 1) * len(rows))
-        if args.save_rollouts:
-            self._save_rollout(rows, result, rewards[mine], update)
+    def generate(self, rows: list[dict[str, Any]], update: int) -> TransitionBuffer:
+        args = self.args
+        result, rewards = self.sample(rows, update, args.shared_initial_noise)
         group = group_advantages(
             rewards,
             args.num_generations,
@@ -190,13 +81,14 @@ class GRPOTrainer(FlowTrainer):
             aggregation=args.multi_objective_aggregation,
             clip=args.advantage_clip,
         )
-        self._record_rewards(rewards, group)
+        self.record_rewards(rewards, group.rewards, group.dead_groups)
+        first = args.process_index * len(rows)
         buffer = TransitionBuffer(
             transitions=Transition.cat(result.transitions),
-            prompts=prompts,
-            advantages=group.advantages[mine].to(result.latents.device),
+            prompts=[row["prompt"] for row in rows],
+            advantages=group.advantages[first : first + len(rows)].to(result.latents.device),
             live=group.live,
-            first=mine.start,
+            first=first,
             steps=result.steps,
             sampler=result.sampler,
             update=update,
@@ -207,60 +99,6 @@ class GRPOTrainer(FlowTrainer):
         if not self._consistent:
             self._check_consistency(buffer)
         return buffer
-
-    def _save_rollout(self, rows: list[dict[str, Any]], result: Rollout, rewards: Tensor, update: int) -> None:
-        """Append this process's groups to ``output_dir/rollouts``; a resumed run finds those that are there."""
-        args, groups = self.args, len(rows) // self.args.num_generations
-        if self._writer is None:
-            columns = [*extra_columns(self.train_dataset), pa.field("update", pa.int64())]
-            self._writer = RankedWriter(
-                Path(args.output_dir) / "rollouts",
-                shard=(args.process_index, args.world_size),
-                rows_per_file=groups,
-                rewards=[reward.name for reward in self.rewards],
-                columns=pa.schema(columns),
-            )
-        first = update * (args.generation_batch_size // args.num_generations) + args.process_index * groups
-        if first not in self._writer.done:
-            numbers, table = range(first, first + groups), rewards.T.tolist()
-            write_groups(
-                self._writer,
-                numbers,
-                rows,
-                result.images,
-                self.rewards,
-                table,
-                args.num_generations,
-                {"update": update},
-            )
-
-    def _record_rewards(self, rewards: Tensor, group: GroupAdvantages) -> None:
-        groups = group.rewards.view(-1, self.args.num_generations)
-        values = {"reward": group.rewards.nanmean(), "reward_std": _nanstd(groups).nanmean()}
-        for column, reward in zip(rewards.unbind(1), self.rewards, strict=True):
-            values[f"rewards/{reward.name}/mean"] = column.nanmean()
-            values[f"rewards/{reward.name}/std"] = _nanstd(column[None])[0]
-            values[f"rewards/{reward.name}/unscored"] = column.isnan().float().mean()
-        self.metrics.record(dead_groups=group.dead_groups, **{name: value.item() for name, value in values.items()})
-        self.metrics.count_images(len(rewards))
-        self._dead_in_a_row = self._dead_in_a_row + 1 if group.dead_groups == 1.0 else 0
-        if self._dead_in_a_row and self._dead_in_a_row % DEAD_ROLLOUTS_TO_WARN == 0:
-            logger.warning(
-                "the last %d rollouts had nothing to learn from: every group's images scored the same, or not at all",
-                self._dead_in_a_row,
-            )
-
-    def _image_keys(self, update: int, images: int) -> list[ImageKey]:
-        """Keys of this process's images by their place in the whole rollout, whatever the number of processes."""
-        group, first = self.args.num_generations, self.args.process_index * images
-        shared = 0 if self.args.shared_initial_noise else None
-        return [ImageKey(self.args.seed, update, i // group, i % group, shared) for i in range(first, first + images)]
-
-    def _score(self, rows: list[dict[str, Any]], result: Rollout) -> Tensor:
-        """(images of all processes, rewards) scores, NaN where there is none; raises on every process or on none."""
-        table = score_rows(self.rewards, result.images, rows, self.args.max_failed_fraction)
-        local = torch.tensor(table, dtype=torch.float32, device=self.accelerator.device).T.contiguous()
-        return self.accelerator.gather(local).cpu()
 
     def _check_consistency(self, buffer: TransitionBuffer) -> None:
         """The gate: replayed under the policy that drew it, every transition has ratio 1."""
@@ -303,9 +141,8 @@ class GRPOTrainer(FlowTrainer):
     ) -> Tensor:
         """Report eq. 5 over one micro-batch: -mean(min(r A, clip(r) A) - beta KL)."""
         args, batch, buffer = self.args, inputs, self._buffer
-        assert buffer is not None
         if not len(batch):  # every group was dead: nothing to train on, and no forward is spent
-            return torch.stack([0.0 * p.sum() for p in self.trained_parameters().values()]).sum()
+            return self.no_loss()
         drawn = batch.transition
         reference_mean = self._reference_mean(buffer, batch, model) if args.beta > 0 else None
         now = self._replay(buffer, batch, model)
@@ -333,8 +170,6 @@ class GRPOTrainer(FlowTrainer):
         self.count_forwards(len(batch), trained=False, guided=self.args.guidance_scale > 1)
         return buffer.sampler.moments(drawn.latents, v, drawn.sigma, drawn.sigma_next)[0]
 
-    # -- logging, evaluation ----------------------------------------------------------------------------------------
-
     def _record_kl(self, name: str, mean: Tensor, other: Tensor, std: Tensor) -> None:
         """KL per latent dimension, and of the whole transition in nats."""
         per_dimension = gaussian_kl(mean, other, std, "mean").mean().item()
@@ -343,63 +178,22 @@ class GRPOTrainer(FlowTrainer):
     # -- the run ----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        self._micro_step, self._buffer, self._consistent, self._dead_in_a_row = None, None, False, 0
-        if resume_from_checkpoint:
-            folder = (
-                get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-            )
-            self.args.check_dealing(Path(folder) / DEALING)
+        self._consistent = False
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def _buffer_file(self, folder: str | Path) -> Path:
-        return Path(folder) / f"rollout-{self.args.process_index}-of-{self.args.world_size}.safetensors"
+    def _buffer_file(self, folder: Path) -> Path:
+        return folder / f"rollout-{self.args.process_index}-of-{self.args.world_size}.safetensors"
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            (folder / DEALING).write_text(json.dumps(self.args.dealing()))
-        taken = self.state.global_step * self.args.gradient_accumulation_steps
-        if self._buffer is not None and taken % self.args.micro_batches_per_rollout(self.args.world_size):
-            self._buffer.save(self._buffer_file(folder))
+    def save_buffer(self, folder: Path) -> None:
+        self._buffer.save(self._buffer_file(folder))
 
-    def _restore(self) -> None:
-        """Counters, and the rest of a rollout that a checkpoint was taken in the middle of."""
-        self._micro_step = self.state.global_step * self.args.gradient_accumulation_steps
-        counted = reports.series(self.state.log_history, "forward_equivalents")[1]
-        if counted and self.is_world_process_zero():
-            self.metrics.forward_equivalents = counted[-1]
-        if self._micro_step % self.args.micro_batches_per_rollout(self.args.world_size):
-            assert self.resumed_from is not None
-            self._buffer = TransitionBuffer.load(self._buffer_file(self.resumed_from), self.accelerator.device)
-
-
-def _nanstd(values: Tensor) -> Tensor:
-    """(P, G) to (P,) sample standard deviations over what is not NaN."""
-    known = ~values.isnan()
-    centred = (values - values.nanmean(1, keepdim=True)).masked_fill(~known, 0.0)
-    return (centred.pow(2).sum(1) / (known.sum(1) - 1).clamp(min=1)).sqrt()
+    def load_buffer(self, folder: Path) -> TransitionBuffer:
+        return TransitionBuffer.load(self._buffer_file(folder), self.accelerator.device)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train from a config; everything that can be known wrong is said before the model is loaded."""
-    with plain_errors():
-        data, model_args, args = parse((DataArguments, ModelArguments, GRPOConfig), argv)
-        rewards = load_rewards(data.rewards)
-        train, held_out, guards = data.load()
-        check_data(rewards, args, train, held_out, guards)
-        check_launch(args)
-        args.check_world(args.world_size)
-        model_args.check(args.height, args.width)
-        if model_args.lora_dropout:
-            raise ValueError(f"lora_dropout must be 0, found {model_args.lora_dropout}: {_NO_DROPOUT}")
-        checkpoint = args.checkpoint_to_resume()
-
-    with plain_errors():
-        model = load_model(model_args)
-        trainer = GRPOTrainer(model, rewards, args, train, held_out, guards, peft_config=model_args.peft_config())
-    settings = reports.changed_settings(data, model_args, args)
-    train_and_finish(trainer, checkpoint, model_args.model, data.dataset_name, settings)
+    """Train from a config."""
+    run_on_groups(DataArguments, GRPOConfig, GRPOTrainer, argv)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,17 @@
 """Settings of GRPO, named as in TRL and Flow-GRPO, and the sums that batch sizes must satisfy."""
 
-import json
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-from datasets import Dataset
-
 from align.advantages import Aggregation, ScaleRewards
-from align.arguments import resolve_dataset
-from align.data_arguments import load_guards
-from align.evaluation import check_columns
 from align.flow import Reduction, SDEType, StochasticSampler
-from align.flow_config import FlowConfig, setting
+from align.flow_config import setting
+from align.group_config import GroupConfig
 from align.rollout import SamplingPlan, seeded_noise
-from preference_data.prompts import load_prompts
-from rewards import Reward
 
 
 @dataclass
-class GRPOConfig(FlowConfig):
+class GRPOConfig(GroupConfig):
     """Arguments of :class:`align.grpo.GRPOTrainer`, over ``transformers.TrainingArguments``.
 
     ``per_device_train_batch_size`` counts transitions: (image, trained step) pairs of one forward and backward.
@@ -39,14 +31,6 @@ class GRPOConfig(FlowConfig):
     )
     shared_initial_noise: bool = setting(False, "All images of a group start from the same noise.")
 
-    # Groups and passes.
-    num_generations: int = setting(16, "Images per prompt: the group.")
-    generation_batch_size: int = setting(128, "Images per rollout, over all processes.")
-    num_iterations: int = setting(1, "Passes over one rollout.")
-    save_rollouts: bool = setting(
-        False, "Keep every image of the run with its rewards in output_dir/rollouts, a ranked data set for DPO."
-    )
-
     # Objective.
     epsilon: float = setting(1e-4, "Clip range below 1. Per latent dimension with log_prob_reduction: mean.")
     epsilon_high: float | None = setting(None, "Clip range above 1. Default: epsilon.")
@@ -63,10 +47,6 @@ class GRPOConfig(FlowConfig):
         0.1, "Largest |ratio - 1| of a replayed rollout, as a fraction of the clip range."
     )
 
-    # Held-out evaluation, by the ODE.
-    eval_num_inference_steps: int | None = setting(None, "Denoising steps. Default: as in the rollout.")
-    eval_rollout_batch_size: int | None = setting(None, "Images per forward. Default: as in the rollout.")
-
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_choices(
@@ -77,19 +57,6 @@ class GRPOConfig(FlowConfig):
         )
         self.check_positive("epsilon", "epsilon_high", "noise_level", "consistency_tolerance", "advantage_clip")
         self.check_least("beta", 0)
-        for name in ("num_iterations", "generation_batch_size", "eval_rollout_batch_size"):
-            self.check_least(name, 1)
-        self.check_least("eval_num_inference_steps", 2)
-        if self.num_generations < 2:
-            raise ValueError(
-                f"num_generations must be at least 2: images of one prompt are compared, found {self.num_generations}"
-            )
-        if self.generation_batch_size % self.num_generations:
-            near = max(1, round(self.generation_batch_size / self.num_generations)) * self.num_generations
-            raise ValueError(
-                f"generation_batch_size {self.generation_batch_size} must be a multiple of num_generations "
-                f"{self.num_generations}, for whole groups: the nearest is {near}"
-            )
         self._check_window()
         StochasticSampler(self.noise_level, self.sde_type, log_prob_reduction=self.log_prob_reduction)
 
@@ -142,29 +109,16 @@ class GRPOConfig(FlowConfig):
         return tuple(range(start, start + self.window_size))
 
     def plan(self, update: int) -> SamplingPlan:
-        """How the rollout of ``update`` is sampled."""
-        return SamplingPlan(
-            height=self.height,
-            width=self.width,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            negative_prompt=self.negative_prompt,
+        """How the rollout of ``update`` is sampled: by an SDE on its stochastic steps."""
+        return replace(
+            super().plan(update),
             sde_steps=self.sde_steps(update),
             noise_level=self.noise_level,
             sde_type=self.sde_type,
             log_prob_reduction=self.log_prob_reduction,
-            batch_size=self.rollout_batch_size,
-        )
-
-    def eval_plan(self) -> SamplingPlan:
-        return replace(
-            super().eval_plan(),
-            num_inference_steps=self.eval_num_inference_steps or self.num_inference_steps,
-            batch_size=self.eval_rollout_batch_size or self.rollout_batch_size,
         )
 
     def dealing(self) -> dict[str, Any]:
-        """What decides which transitions an update is made of: the same when a run is resumed, or it is another run."""
         names = (
             *("seed", "data_seed", "num_generations", "generation_batch_size", "num_iterations", "world_size"),
             *("per_device_train_batch_size", "gradient_accumulation_steps", "height", "width", "num_inference_steps"),
@@ -173,18 +127,6 @@ class GRPOConfig(FlowConfig):
         )
         return {name: getattr(self, name) for name in names}
 
-    def check_dealing(self, file: Path) -> None:
-        """Raise ValueError naming the first setting that differs from that of the checkpoint to resume."""
-        if not file.is_file():
-            raise FileNotFoundError(f"{file.parent} is no GRPO checkpoint: it has no {file.name}")
-        now = self.dealing()
-        for name, then in json.loads(file.read_text()).items():
-            if name in now and now[name] != then:
-                raise ValueError(
-                    f"{name} is {now[name]!r} and was {then!r} when {file.parent} was written: resume with the same, or "
-                    "start a new run from its LoRA with --adapter"
-                )
-
     # -- how a rollout becomes optimizer updates --------------------------------------------------------------------
 
     def micro_batches_per_pass(self, world_size: int) -> int:
@@ -192,21 +134,9 @@ class GRPOConfig(FlowConfig):
         transitions = self.generation_batch_size // world_size * self.window_size
         return transitions // self.per_device_train_batch_size
 
-    def micro_batches_per_rollout(self, world_size: int) -> int:
-        return self.micro_batches_per_pass(world_size) * self.num_iterations
-
     def check_world(self, world_size: int) -> None:
-        """Raise ValueError when a rollout cannot be dealt evenly over ``world_size`` processes and their updates."""
-        if self.generation_batch_size % world_size:
-            raise ValueError(
-                f"generation_batch_size {self.generation_batch_size} must be a multiple of the {world_size} processes"
-            )
+        super().check_world(world_size)
         images = self.generation_batch_size // world_size
-        if self.save_rollouts and images % self.num_generations:
-            raise ValueError(
-                f"save_rollouts needs whole groups on each process: {images} images are no multiple of num_generations "
-                f"{self.num_generations}"
-            )
         transitions = images * self.window_size
         per_update = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if transitions % per_update:
@@ -216,45 +146,3 @@ class GRPOConfig(FlowConfig):
                 f"gradient_accumulation_steps {self.gradient_accumulation_steps} = {per_update} does not divide: "
                 f"one update per rollout would be {transitions} = batch size x accumulation"
             )
-
-
-def check_data(
-    rewards: list[Reward], args: GRPOConfig, train: Dataset, evaluation: Dataset | None, guards: dict[str, Dataset]
-) -> None:
-    """Raise ValueError when prompts, columns or sizes cannot work, before anything is loaded."""
-    check_columns(rewards, [train, *([evaluation] if evaluation is not None else []), *guards.values()])
-    wanted = args.generation_batch_size // args.num_generations
-    if len(train) < wanted:
-        raise ValueError(
-            f"a rollout takes {wanted} prompts (generation_batch_size {args.generation_batch_size} / num_generations "
-            f"{args.num_generations}) and the data holds {len(train)}"
-        )
-    if not any(reward.weight for reward in rewards):
-        raise ValueError("every reward has weight 0: nothing would be trained on")
-    if guards and evaluation is None:
-        raise ValueError("guard data sets are evaluated beside held-out prompts: give --eval_dataset_name too")
-    args.check_evaluation(evaluation is not None)
-
-
-@dataclass
-class DataArguments:
-    """Prompts and rewards."""
-
-    dataset_name: str = field(
-        metadata={"help": "Prompts: a file, a folder with train.jsonl, a hub name, or tiny/NAME."}
-    )
-    rewards: list[str] = field(metadata={"help": "Built-in names, module:attr or file.py:attr; mappings in a config."})
-    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out prompts; default: none."})
-    eval_split: str = field(default="test", metadata={"help": "Split of the held-out prompts and the guards."})
-    guard_dataset_names: list[str] | None = field(
-        default=None, metadata={"help": "Further held-out prompts to watch for damage, logged as eval_NAME_..."}
-    )
-
-    def load(self) -> tuple[Dataset, Dataset | None, dict[str, Dataset]]:
-        """The training, the held-out and the guard prompts."""
-        train = load_prompts(resolve_dataset(self.dataset_name), self.dataset_split)
-        held_out = None
-        if self.eval_dataset_name:
-            held_out = load_prompts(resolve_dataset(self.eval_dataset_name), self.eval_split)
-        return train, held_out, load_guards(self.guard_dataset_names, self.eval_split)

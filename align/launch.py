@@ -6,9 +6,12 @@ from typing import Any
 
 from align import reports
 from align.arguments import DTYPES, ModelArguments, check_launch, parse, plain_errors
+from align.group_config import check_data
+from align.groups import check_dropout
 from align.models.loading import latent_cell, resolve_folder
 from align.trainer import FlowTrainer
 from preference_data.buckets import make_buckets
+from rewards import load_rewards
 
 
 def load_model(arguments: ModelArguments) -> Any:
@@ -70,5 +73,24 @@ def run_on_images(data_type: type, config_type: type, trainer_type: type, argv: 
             peft_config=model_args.peft_config(),
             on_bad_row=data.on_bad_row,
         )
+    settings = reports.changed_settings(data, model_args, args)
+    train_and_finish(trainer, checkpoint, model_args.model, data.dataset_name, settings)
+
+
+def run_on_groups(data_type: type, config_type: type, trainer_type: type, argv: list[str] | None) -> None:
+    """``main`` of a trainer on its own samples; everything that can be known wrong is said before the model is loaded."""
+    with plain_errors():
+        data, model_args, args = parse((data_type, ModelArguments, config_type), argv)
+        rewards = load_rewards(data.rewards)
+        train, held_out, guards = data.load()
+        check_data(rewards, args, train, held_out, guards)
+        check_launch(args)
+        args.check_world(args.world_size)
+        model_args.check(args.height, args.width)
+        check_dropout(model_args.lora_dropout)
+        checkpoint = args.checkpoint_to_resume()
+    with plain_errors():
+        model = load_model(model_args)
+        trainer = trainer_type(model, rewards, args, train, held_out, guards, peft_config=model_args.peft_config())
     settings = reports.changed_settings(data, model_args, args)
     train_and_finish(trainer, checkpoint, model_args.model, data.dataset_name, settings)

@@ -34,15 +34,30 @@ Drawn = tuple[Example, int]
 
 
 @dataclass
-class MatchingConfig(FlowConfig):
-    """Arguments that training on images shares: sizes, noise levels, the cache."""
+class NoiseLevels(FlowConfig):
+    """Arguments of all that trains on the flow-matching error: how noise levels are drawn."""
+
+    logit_mean: float = setting(0.0, "Noise levels are sigmoid(N(mean, std^2)), then shifted by the schedule.")
+    logit_std: float = setting(1.0, "See logit_mean.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("logit_std")
+
+    def draw_sigma(self, streams: Sequence[torch.Generator], model: FlowModel, bucket: Bucket) -> Tensor:
+        """(B,) noise levels, each from a random stream of its own, shifted as the model's schedule is at this size."""
+        drawn = [logit_normal_sigma(1, self.logit_mean, self.logit_std, stream) for stream in streams]
+        return model.shift_sigma(torch.cat(drawn), *bucket)
+
+
+@dataclass
+class MatchingConfig(NoiseLevels):
+    """Arguments that training on images shares: sizes, the cache."""
 
     resolution: int | None = setting(
         None, "Images are trained at about resolution x resolution pixels. Default: the side of height x width."
     )
     max_aspect_ratio: float = setting(2.0, "Longest to shortest side of the aspect-ratio buckets; 1: square alone.")
-    logit_mean: float = setting(0.0, "Noise levels are sigmoid(N(mean, std^2)), then shifted by the schedule.")
-    logit_std: float = setting(1.0, "See logit_mean.")
     cache_dir: str | None = setting(
         "~/.cache/flow-align", "Latents and prompt embeddings are kept here, by content. none: encode every time."
     )
@@ -54,7 +69,7 @@ class MatchingConfig(FlowConfig):
             self.cache_dir = None
         if self.max_aspect_ratio < 1:
             raise ValueError(f"max_aspect_ratio must be at least 1, found {self.max_aspect_ratio}")
-        self.check_positive("logit_std", "resolution")
+        self.check_positive("resolution")
         self.check_least("eval_sigmas", 1)
 
     def bucket_resolution(self, cell: int) -> int:
@@ -130,11 +145,10 @@ class MatchingBatch:
         bucket = rows[0][0].bucket
         latents = torch.stack([store.latents(example) for example, _ in rows])
         streams = [seeded_generator((args.seed, "sigma", place)) for _, place in rows]
-        sigma = torch.cat([logit_normal_sigma(1, args.logit_mean, args.logit_std, stream) for stream in streams])
+        sigma = args.draw_sigma(streams, store.model, bucket)
         dropped = [torch.rand((), generator=stream).item() < drop for stream in streams]
         prompts = [args.negative_prompt if d else e.prompt for d, (e, _) in zip(dropped, rows, strict=True)]
         noise = torch.stack([seeded_noise((args.seed, "noise", place), latents.shape[2:]) for _, place in rows])
-        sigma = store.model.shift_sigma(sigma, *bucket)
         return cls(latents.to(device), noise.to(device), sigma.to(device), prompts, bucket)
 
     @classmethod

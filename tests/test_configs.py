@@ -11,7 +11,8 @@ from align.data_arguments import CaptionedDataArguments, PreferenceDataArguments
 from align.dpo import DPOConfig
 from align.evaluation import check_columns
 from align.generate import GenerateArguments
-from align.grpo import DataArguments, GRPOConfig, check_data
+from align.group_config import check_data
+from align.grpo import DataArguments, GRPOConfig
 from align.sft import SFTConfig
 from preference_data.buckets import make_buckets
 from preference_data.prompts import load_prompts

@@ -19,8 +19,8 @@ FLOORS = (
     {"flow", "losses", "advantages"},
     {"models", "tiny"},
     {"rollout", "buffer", "evaluation", "trainer", "callbacks", "signals", "arguments", "metrics", "reports"}
-    | {"flow_config", "grpo_config", "latents", "matching", "data_arguments", "launch", "ranking"},
-    {"sft", "dpo", "grpo", "generate"},
+    | {"flow_config", "group_config", "grpo_config", "groups", "latents", "matching", "data_arguments", "launch", "ranking"},
+    {"sft", "dpo", "dpo_online", "grpo", "generate"},
 )
 #: What of align/ each part of the first two floors may import, beside itself.
 BELOW = {

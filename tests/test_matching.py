@@ -10,7 +10,7 @@ from diffusers import QwenImagePipeline
 from matching_runs import GROUNDED, dpo, lora, losses, settings, sft, some_pairs
 from PIL import Image
 
-from align.dpo import DPOConfig, DPOTrainer
+from align.dpo import DPOConfig, DPOTrainer, dpo_errors
 from align.generate import GenerateArguments, generate
 from align.latents import LatentStore
 from align.matching import BucketSampler, MatchingBatch, matching_errors
@@ -105,7 +105,9 @@ def test_training_moves_the_held_out_loss_and_the_reference_stays(tmp_path):
     batch = trainer._prepare_inputs([(trainer.train_dataset.examples[0], 0)])
     with torch.no_grad():
         fresh = QwenImage.from_pretrained("tiny")
-        assert torch.equal(trainer._errors(batch, trainer.model)[1], matching_errors(fresh, batch, fresh.transformer))
+        assert torch.equal(
+            dpo_errors(trainer, batch, trainer.model)[1], matching_errors(fresh, batch, fresh.transformer)
+        )
 
 
 # --- Cache, order, resume ---

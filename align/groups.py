@@ -1,0 +1,265 @@
+"""What GRPO and online DPO share: prompts in groups, a rollout and its scores, and going on in the middle of one."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from peft import PeftConfig
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl.trainer.utils import RepeatSampler
+
+from align import reports
+from align.evaluation import score_rows
+from align.group_config import GroupConfig, check_data
+from align.models.base import FlowModel
+from align.ranking import extra_columns, write_groups
+from align.rollout import ImageKey, Rollout, rollout
+from align.trainer import FlowTrainer
+from preference_data.writer import RankedWriter
+from rewards import load_rewards
+
+logger = logging.getLogger(__name__)
+
+#: In a checkpoint: the settings by which a rollout is dealt into updates.
+DEALING = "dealing.json"
+DEAD_ROLLOUTS_TO_WARN = 5
+
+
+def check_dropout(lora_dropout: float | None) -> None:
+    """Raise ValueError for an adapter with dropout: images would be drawn from another policy than is trained."""
+    if lora_dropout:
+        raise ValueError(
+            f"lora_dropout must be 0, found {lora_dropout}: sampling and replay would see two different policies"
+        )
+
+
+class EpochRepeatSampler(RepeatSampler):
+    """TRL's RepeatSampler, whose order is a function of (seed, epoch), so that a resumed run goes on in order."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed((self.seed or 0) + epoch)
+
+
+class GroupTrainer(FlowTrainer):
+    """A trainer on groups of its own samples: GRPO and online DPO differ in what they keep of a rollout, and in the loss.
+
+    Args:
+        model: the policy, see :class:`align.models.base.FlowModel`, or the name of a Qwen-Image.
+        rewards: what ``rewards.load_rewards`` takes: names, mappings, or plain functions.
+        args: see :class:`align.group_config.GroupConfig`.
+        train_dataset: a ``prompt`` column and whatever columns the rewards ask for by name.
+        eval_dataset: held-out prompts; logged as ``eval_reward`` and ``eval_NAME``.
+        guard_datasets: further held-out prompts, watched for damage; logged as ``eval_GUARD_NAME``.
+        peft_config: train this adapter; without it the whole transformer (or the adapter already loaded).
+
+    Raises:
+        ValueError: rewards, columns and batch sizes that do not fit, before any image is drawn.
+    """
+
+    args: GroupConfig
+    phases = ("rollout", "reward", "update")
+
+    def __init__(
+        self,
+        model: FlowModel | str,
+        rewards: list[Any],
+        args: GroupConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        guard_datasets: dict[str, Dataset] | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        scored_by = load_rewards(rewards)
+        self.reward_weights = torch.tensor([reward.weight for reward in scored_by])
+        check_data(scored_by, args, train_dataset, eval_dataset, guard_datasets or {})
+        args.check_world(args.world_size)
+        check_dropout(getattr(peft_config, "lora_dropout", 0))
+        if isinstance(model, str):
+            from align.models.qwen_image import QwenImage
+
+            model = QwenImage.from_pretrained(model)
+        super().__init__(
+            model,
+            args,
+            train_dataset,
+            rewards=scored_by,
+            eval_prompts=eval_dataset,
+            guard_datasets=guard_datasets,
+            peft_config=peft_config,
+            callbacks=callbacks,
+        )
+        self._buffer: Any = None
+        self._micro_step: int | None = None  # micro-batches taken since the start of the run
+        self._writer: RankedWriter | None = None
+        self._dead_in_a_row = 0
+
+    # -- what an algorithm says ---------------------------------------------------------------------------------------
+
+    def generate(self, rows: list[dict[str, Any]], update: int) -> Any:
+        """A buffer of rollout ``update`` over this process's ``rows``; its ``micro_batch(index)`` is what is trained on."""
+        raise NotImplementedError
+
+    def save_buffer(self, folder: Path) -> None:
+        """Write the buffer into a checkpoint that is taken in the middle of a rollout; called on every process."""
+        raise NotImplementedError
+
+    def load_buffer(self, folder: Path) -> Any:
+        """Read what :meth:`save_buffer` wrote."""
+        raise NotImplementedError
+
+    # -- prompts: each rollout's rows are handed out again for every micro-batch taken from it ----------------------
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RepeatSampler:
+        return EpochRepeatSampler(
+            data_source=self.train_dataset,
+            mini_repeat_count=self.args.num_generations,
+            batch_size=self.args.generation_batch_size // self.args.num_generations,
+            repeat_count=self.args.micro_batches_per_rollout(self.args.world_size),
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+        )
+
+    def get_train_dataloader(self) -> Any:
+        return self._get_dataloader(
+            dataset=self.train_dataset,
+            description="Training",
+            batch_size=self.args.generation_batch_size // self.args.world_size,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
+
+    def _prepare_inputs(self, inputs: list[dict[str, Any]]) -> Any:
+        """A micro-batch of the buffer; every so many of them, first a new rollout of the prompts in ``inputs``."""
+        per_rollout = self.args.micro_batches_per_rollout(self.args.world_size)
+        if self._micro_step is None:
+            self._restore()
+            assert self._micro_step is not None
+        if self._micro_step % per_rollout == 0:
+            self._buffer = self.generate(inputs, update=self._micro_step // per_rollout)
+        assert self._buffer is not None
+        batch = self._buffer.micro_batch(self._micro_step % per_rollout)
+        self._micro_step += 1
+        return batch
+
+    # -- a rollout and its scores -----------------------------------------------------------------------------------
+
+    def sample(self, rows: list[dict[str, Any]], update: int, shared_start: bool = False) -> tuple[Rollout, Tensor]:
+        """This process's images, one for each of ``rows``, and the scores of all processes' images.
+
+        The scores are (images, rewards), NaN where there is none. ``shared_start``: a group has one initial noise.
+        """
+        args = self.args
+        with self.metrics.timed("rollout"):
+            result = rollout(
+                self.flow,
+                [row["prompt"] for row in rows],
+                self._image_keys(update, len(rows), shared_start),
+                args.plan(update),
+                transformer=self.model_wrapped,
+                show_progress=self.is_world_process_zero() and not args.disable_tqdm,
+            )
+        with self.metrics.timed("reward"):
+            table = score_rows(self.rewards, result.images, rows, args.max_failed_fraction)
+            local = torch.tensor(table, dtype=torch.float32, device=self.accelerator.device).T.contiguous()
+            rewards = self.accelerator.gather(local).cpu()
+        self.metrics.forward_equivalents += result.forwards
+        if args.save_rollouts:
+            first = args.process_index * len(rows)
+            self._save_rollout(rows, result, rewards[first : first + len(rows)], update)
+        return result, rewards
+
+    def _image_keys(self, update: int, images: int, shared_start: bool) -> list[ImageKey]:
+        """Keys of this process's images by their place in the whole rollout, whatever the number of processes."""
+        group, first = self.args.num_generations, self.args.process_index * images
+        shared = 0 if shared_start else None
+        return [ImageKey(self.args.seed, update, i // group, i % group, shared) for i in range(first, first + images)]
+
+    def _save_rollout(self, rows: list[dict[str, Any]], result: Rollout, rewards: Tensor, update: int) -> None:
+        """Append this process's groups to ``output_dir/rollouts``; a resumed run finds those that are there."""
+        args, groups = self.args, len(rows) // self.args.num_generations
+        if self._writer is None:
+            columns = [*extra_columns(self.train_dataset), pa.field("update", pa.int64())]
+            self._writer = RankedWriter(
+                Path(args.output_dir) / "rollouts",
+                shard=(args.process_index, args.world_size),
+                rows_per_file=groups,
+                rewards=[reward.name for reward in self.rewards],
+                columns=pa.schema(columns),
+            )
+        first = update * (args.generation_batch_size // args.num_generations) + args.process_index * groups
+        if first not in self._writer.done:
+            numbers, table = range(first, first + groups), rewards.T.tolist()
+            write_groups(
+                self._writer,
+                numbers,
+                rows,
+                result.images,
+                self.rewards,
+                table,
+                args.num_generations,
+                {"update": update},
+            )
+
+    def record_rewards(self, rewards: Tensor, total: Tensor, dead_groups: float) -> None:
+        """Log (images, rewards) scores, (images,) weighted sums, and the share of groups that nothing is learned from."""
+        groups = total.view(-1, self.args.num_generations)
+        values = {"reward": total.nanmean(), "reward_std": _nanstd(groups).nanmean()}
+        for column, reward in zip(rewards.unbind(1), self.rewards, strict=True):
+            values[f"rewards/{reward.name}/mean"] = column.nanmean()
+            values[f"rewards/{reward.name}/std"] = _nanstd(column[None])[0]
+            values[f"rewards/{reward.name}/unscored"] = column.isnan().float().mean()
+        self.metrics.record(dead_groups=dead_groups, **{name: value.item() for name, value in values.items()})
+        self.metrics.count_images(len(rewards))
+        self._dead_in_a_row = self._dead_in_a_row + 1 if dead_groups == 1.0 else 0
+        if self._dead_in_a_row and self._dead_in_a_row % DEAD_ROLLOUTS_TO_WARN == 0:
+            logger.warning(
+                "the last %d rollouts had nothing to learn from: every group's images scored the same, or not at all",
+                self._dead_in_a_row,
+            )
+
+    def no_loss(self) -> Tensor:
+        """0, with a gradient of 0 for everything that is trained."""
+        return torch.stack([0.0 * p.sum() for p in self.trained_parameters().values()]).sum()
+
+    # -- the run ----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        self._micro_step, self._buffer, self._dead_in_a_row = None, None, 0
+        if resume_from_checkpoint:
+            folder = (
+                get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+            )
+            self.args.check_dealing(Path(folder) / DEALING)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / DEALING).write_text(json.dumps(self.args.dealing()))
+        taken = self.state.global_step * self.args.gradient_accumulation_steps
+        if self._buffer is not None and taken % self.args.micro_batches_per_rollout(self.args.world_size):
+            self.save_buffer(folder)
+
+    def _restore(self) -> None:
+        """Counters, and the rest of a rollout that a checkpoint was taken in the middle of."""
+        self._micro_step = self.state.global_step * self.args.gradient_accumulation_steps
+        counted = reports.series(self.state.log_history, "forward_equivalents")[1]
+        if counted and self.is_world_process_zero():
+            self.metrics.forward_equivalents = counted[-1]
+        if self._micro_step % self.args.micro_batches_per_rollout(self.args.world_size):
+            assert self.resumed_from is not None
+            self._buffer = self.load_buffer(Path(self.resumed_from))
+
+
+def _nanstd(values: Tensor) -> Tensor:
+    """(P, G) to (P,) sample standard deviations over what is not NaN."""
+    known = ~values.isnan()
+    centred = (values - values.nanmean(1, keepdim=True)).masked_fill(~known, 0.0)
+    return (centred.pow(2).sum(1) / (known.sum(1) - 1).clamp(min=1)).sqrt()
