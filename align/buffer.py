@@ -122,14 +122,12 @@ class PairBatch:
     """Some pairs of a rollout.
 
     latents: (P, 2, tokens, channels), the chosen image and the rejected. places: what the noise of each is keyed by,
-    (update of the rollout, pass over it, place of the group in it). pairs_in_update: of all processes' micro-batches of
-    this optimizer update together, by which its loss is divided.
+    (update of the rollout, pass over it, place of the group in it).
     """
 
     latents: Tensor
     prompts: list[str]
     places: list[tuple[int, int, int]]
-    pairs_in_update: int
 
     def __len__(self) -> int:
         return len(self.places)
@@ -140,8 +138,8 @@ class PairBuffer:
     """The pairs of a rollout of all processes, the same on each of them.
 
     latents: (P, 2, tokens, channels) on the CPU, P from 0 to the number of groups. prompts: P. groups: P, each pair's
-    place in the rollout. update: number of the rollout. seed: of the order in which pairs are dealt. micro_batches,
-    updates: of one pass over it on each process. process: (index, count).
+    place in the rollout. update: number of the rollout. seed: of the order in which pairs are dealt. micro_batches: of
+    one pass over it on each process. process: (index, count).
     """
 
     latents: Tensor
@@ -150,7 +148,6 @@ class PairBuffer:
     update: int
     seed: int
     micro_batches: int
-    updates: int
     process: tuple[int, int]
 
     def micro_batch(self, index: int) -> PairBatch:
@@ -162,12 +159,10 @@ class PairBuffer:
         order = seeded_noise((self.seed, self.update, "deal", number), (len(self.groups),)).argsort()
         process, count = self.process
         own = order[_part(len(order), part * count + process, self.micro_batches * count)].tolist()
-        together = range(len(order))[_part(len(order), part * self.updates // self.micro_batches, self.updates)]
         return PairBatch(
             latents=self.latents[own],
             prompts=[self.prompts[pair] for pair in own],
             places=[(self.update, number, self.groups[pair]) for pair in own],
-            pairs_in_update=len(together),
         )
 
     def save(self, file: Path) -> None:
@@ -177,7 +172,7 @@ class PairBuffer:
 
     @classmethod
     def load(cls, file: Path, **split: Any) -> "PairBuffer":
-        """Read what :meth:`save` wrote; ``split``: micro_batches, updates and process. Raises FileNotFoundError."""
+        """Read what :meth:`save` wrote; ``split``: micro_batches and process. Raises FileNotFoundError."""
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: this checkpoint was taken in the middle of a rollout")
         with safe_open(file, framework="pt") as stored:

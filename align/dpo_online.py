@@ -14,7 +14,8 @@ Deviations from Guo et al.:
 - rewards, which anyone can plug in, take the place of the annotating language model, and rank ``num_generations`` images
   where the paper compares two answers: the pair is wider apart;
 - a prompt whose images score the same, or of which fewer than two have a score, makes no pair, is not trained on, and
-  counts in ``dead_groups``; an update's loss is the mean over the pairs that there are;
+  counts in ``dead_groups``; the mean is still taken over all prompts, those counting 0, so that updates become smaller
+  as pairs become rare, and the first loss is log 2 times the share of prompts that made a pair;
 - a rollout can be gone over more than once, or in several updates.
 
 A pair's latents are those that the sampler ended on, not the decoded image encoded again as in offline DPO, which has
@@ -134,12 +135,8 @@ class OnlineDPOTrainer(GroupTrainer):
     def _split(self) -> dict[str, Any]:
         """How a pass over the pairs is shared out."""
         args = self.args
-        parts = args.micro_batches_per_pass(args.world_size)
-        return {
-            "micro_batches": parts,
-            "updates": parts // args.gradient_accumulation_steps,
-            "process": (args.process_index, args.world_size),
-        }
+        micro_batches = args.micro_batches_per_pass(args.world_size)
+        return {"micro_batches": micro_batches, "process": (args.process_index, args.world_size)}
 
     # -- 3: the loss ------------------------------------------------------------------------------------------------
 
@@ -160,18 +157,15 @@ class OnlineDPOTrainer(GroupTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        """The mean of :func:`align.dpo.dpo_objective` over the update's pairs: this micro-batch's part of it."""
+        """The mean of :func:`align.dpo.dpo_objective` over the micro-batch's groups, those without a pair counting 0."""
         if not len(inputs):
             return self._keep_in_step(model) if self.args.world_size > 1 else self.no_loss()
-        losses = dpo_objective(self, self.args, self.noised(inputs), model)
-        # Micro-batches and processes are averaged, and need not hold equally many pairs.
-        parts = self.args.gradient_accumulation_steps * self.args.world_size
-        return losses.sum() * parts / inputs.pairs_in_update
+        return dpo_objective(self, self.args, self.noised(inputs), model).sum() / self.args.per_device_train_batch_size
 
     def _keep_in_step(self, model: torch.nn.Module) -> Tensor:
         """No loss, by the forwards that the other processes run: they wait for this one's."""
         latents = torch.zeros(1, 2, *self.flow.latent_shape(self.args.height, self.args.width))
-        place_holder = PairBatch(latents, [self.args.negative_prompt], [(0, 0, 0)], 0)
+        place_holder = PairBatch(latents, [self.args.negative_prompt], [(0, 0, 0)])
         errors, _ = dpo_errors(self, self.noised(place_holder), model)
         self.count_forwards(errors.numel(), trained=True)
         return 0.0 * errors.sum()

@@ -4,8 +4,12 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
-from align.advantages import combine_rewards, group_advantages
+from align.advantages import best_worst, combine_rewards, group_advantages
+from preference_data.images import ImageSource
+from preference_data.pairs import build_pairs
+from preference_data.schemas import Ranked
 
 torch.set_num_threads(1)  # the tensors are small: threads only cost
 
@@ -336,3 +340,38 @@ def test_integer_and_double_rewards_give_float32_advantages():
 def test_a_bad_argument_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         group_advantages(torch.arange(6.0), **arguments)
+
+
+# --- Pairs ---
+
+
+def test_best_and_worst_are_those_of_hand_numbers():
+    nan = math.nan
+    rewards = torch.tensor([[0.2, 0.9, 0.1, 0.9], [nan, 0.3, nan, 0.4], [0.5, 0.5, 0.5, nan], [nan, nan, 1.0, nan]])
+    pairs = best_worst(rewards.view(-1, 1), 4)
+    assert pairs.live.tolist() == [True, True, False, False]
+    assert pairs.best[pairs.live].tolist() == [1, 7] and pairs.worst[pairs.live].tolist() == [2, 5]
+    assert best_worst(rewards.view(-1, 1), 4, min_margin=0.5).live.tolist() == [True, False, False, False]
+    turned = best_worst(rewards.view(-1, 1), 4, torch.tensor([-2.0]))
+    assert turned.best[:2].tolist() == [2, 5] and turned.rewards[0].item() == pytest.approx(-0.4)
+
+
+def test_best_and_worst_go_by_the_weighted_sum_and_rounding_makes_no_pair():
+    rewards = torch.tensor([[1.0, 0.0, 7.0], [0.0, 1.0, 8.0], [0.1 + 0.2, 0.3, 9.0], [0.3, 0.3, 1.0]])
+    pairs = best_worst(rewards, 2, torch.tensor([1.0, 2.0, 0.0]))
+    assert pairs.best.tolist()[0] == 1 and pairs.worst.tolist()[0] == 0
+    assert pairs.live.tolist() == [True, False]
+
+
+def test_pairs_made_online_are_those_that_are_made_of_a_ranked_data_set():
+    """``preference_data.pairs`` decides the same from scores on disk, ties and missing scores included."""
+    scores = torch.randint(0, 3, (200, 4), generator=torch.Generator().manual_seed(0)).double()
+    scores[torch.rand(scores.shape, generator=torch.Generator().manual_seed(1)) < 0.3] = math.nan
+    pairs = best_worst(scores.view(-1, 1), 4)
+    for group, row in enumerate(scores.tolist()):
+        images = [ImageSource.of(Image.new("RGB", (8, 8), (n, 0, 0)), str(n)) for n in range(4)]
+        ranked = Ranked("a circle", images, [None if math.isnan(s) else s for s in row])
+        made = [(images.index(p.chosen), images.index(p.rejected)) for p in build_pairs([ranked])]
+        ours = [(pairs.best[group].item() - 4 * group, pairs.worst[group].item() - 4 * group)]
+        assert made == (ours if pairs.live[group] else [])
+    assert 0.3 < pairs.live.float().mean() < 0.9

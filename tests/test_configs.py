@@ -9,6 +9,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from align.arguments import ModelArguments, parse, resolve_dataset
 from align.data_arguments import CaptionedDataArguments, PreferenceDataArguments
 from align.dpo import DPOConfig
+from align.dpo_online import OnlineDPOConfig
 from align.evaluation import check_columns
 from align.generate import GenerateArguments
 from align.group_config import check_data
@@ -21,13 +22,14 @@ from rewards import load_rewards
 ROOT = Path(__file__).parents[1]
 GRPO = sorted(path for family in ("tiny", "qwen_image") for path in (ROOT / "configs" / family).glob("grpo*.yaml"))
 IMAGES = {"sft": (CaptionedDataArguments, SFTConfig), "dpo": (PreferenceDataArguments, DPOConfig)}
-MATCHING = sorted(p for name in IMAGES for p in (ROOT / "configs").glob(f"*/{name}*.yaml"))
+ONLINE = sorted((ROOT / "configs").glob("*/dpo_online*.yaml"))
+MATCHING = sorted(p for name in IMAGES for p in (ROOT / "configs").glob(f"*/{name}*.yaml") if p not in ONLINE)
 GENERATE = sorted((ROOT / "configs").glob("*/generate*.yaml"))
 LAUNCHERS = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
 
 
 def test_there_is_nothing_among_the_configs_that_no_test_loads():
-    assert sorted((ROOT / "configs").rglob("*.yaml")) == sorted([*GRPO, *MATCHING, *GENERATE, *LAUNCHERS])
+    assert sorted((ROOT / "configs").rglob("*.yaml")) == sorted([*GRPO, *ONLINE, *MATCHING, *GENERATE, *LAUNCHERS])
 
 
 @pytest.mark.parametrize("path", GRPO, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -47,6 +49,15 @@ def test_tiny_config_finds_its_data_rewards_and_model(path):
     data, model, args = parse((DataArguments, ModelArguments, GRPOConfig), ["--config", str(path)])
     check_data(load_rewards(data.rewards), args, *data.load())
     model.check(args.height, args.width)
+
+
+@pytest.mark.parametrize("path", ONLINE, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_online_dpo_config_finds_its_data_and_its_sums_come_out(path):
+    data, model, args = parse((DataArguments, ModelArguments, OnlineDPOConfig), ["--config", str(path)])
+    check_data(load_rewards(data.rewards), args, *data.load())
+    model.check(args.height, args.width)
+    args.check_world(1)
+    assert args.micro_batches_per_pass(1) % args.gradient_accumulation_steps == 0
 
 
 def identify(path: Path) -> str:
@@ -79,7 +90,7 @@ def test_config_that_makes_preferences_finds_its_prompts_and_rewards(path):
     check_columns(load_rewards(args.rewards), [load_prompts(resolve_dataset(args.dataset_name), args.dataset_split)])
 
 
-@pytest.mark.parametrize("path", [*GRPO, *MATCHING, *GENERATE, *LAUNCHERS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*GRPO, *ONLINE, *MATCHING, *GENERATE, *LAUNCHERS], ids=lambda path: path.stem)
 def test_header_of_a_config_says_its_command(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any("accelerate launch" in line for line in header)

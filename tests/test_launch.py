@@ -22,6 +22,11 @@ def score(images, prompts, spec):
     assert all(s["kind"] in ("count", "pair", "word") for s in spec) and len(spec) == len(images)
     return [ImageStat.Stat(image).mean[0] / 255 for image in images]
 """
+SOME_SCORED = """
+
+def some(images, prompts, spec):
+    return [s if "square" in p else None for s, p in zip(score(images, prompts, spec), prompts)]
+"""
 
 
 @pytest.fixture
@@ -141,6 +146,36 @@ def test_two_processes_make_the_images_and_the_updates_of_one(outside):
         assert one == pytest.approx(two, rel=1e-2, abs=1e-6), key  # images are rounded to bytes before they are scored
     one, two = (load_file(outside / name / "pytorch_lora_weights.safetensors") for name in ("one", "two"))
     assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-4
+
+
+def test_two_processes_make_the_pairs_and_the_updates_of_one(outside):
+    """Online DPO, with groups that make no pair: a process whose part of an update is empty must keep in step."""
+    (outside / "my_reward.py").write_text(REWARD + SOME_SCORED)
+    common = [ROOT / "align/dpo_online.py", "--config", ROOT / "configs/tiny/dpo_online.yaml", "--eval_strategy", "no"]
+    common += ["--eval_on_start", "false", "--num_generations", "4", "--generation_batch_size", "32", "--disable_tqdm"]
+    common += ["true", "--num_inference_steps", "3", "--max_steps", "8", "--rewards", "./my_reward.py:some"]
+    common += ["--num_iterations", "2", "--optim", "sgd", "--learning_rate", "0.1", "--use_cpu", "true"]
+    run(outside, sys.executable, *common, "--per_device_train_batch_size", "4", "--output_dir", "one")
+    launch = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2"]
+    run(
+        outside, *launch, *common, "--output_dir", "two", "--per_device_train_batch_size", "2",
+        "--ddp_backend", "gloo", "--save_strategy", "steps", "--save_steps", "6",
+    )  # fmt: skip
+    logs = [json.loads((outside / name / "trainer_state.json").read_text())["log_history"] for name in ("one", "two")]
+    for key in ("reward", "dead_groups", "loss", "grad_norm"):
+        one, two = ([entry[key] for entry in log if key in entry] for log in logs)
+        assert one == pytest.approx(two, rel=1e-2, abs=1e-6), key  # images are rounded to bytes before they are scored
+    dead = [entry["dead_groups"] for entry in logs[0] if "dead_groups" in entry]
+    assert len(dead) == 2 and all(0.5 < share < 1 for share in dead)
+    one, two = (load_file(outside / name / "pytorch_lora_weights.safetensors") for name in ("one", "two"))
+    assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-4
+    # From the middle of the second rollout, which two processes sampled, one process goes on to the same end.
+    run(
+        outside, sys.executable, *common, "--per_device_train_batch_size", "4", "--output_dir", "rest",
+        "--resume_from_checkpoint", "two/checkpoint-6",
+    )  # fmt: skip
+    rest = load_file(outside / "rest/pytorch_lora_weights.safetensors")
+    assert max((one[key] - rest[key]).abs().max().item() for key in one) < 1e-4
 
 
 def test_a_wrong_word_is_answered_with_a_sentence(outside):

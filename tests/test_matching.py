@@ -9,6 +9,7 @@ import torch
 from diffusers import QwenImagePipeline
 from matching_runs import GROUNDED, dpo, lora, losses, settings, sft, some_pairs
 from PIL import Image
+from stock import stock_errors
 
 from align.dpo import DPOConfig, DPOTrainer, dpo_errors
 from align.generate import GenerateArguments, generate
@@ -25,21 +26,12 @@ from preference_data.writer import RankedWriter
 from rewards import load_rewards
 
 
-def stock_errors(pipeline, images, prompt, noise, sigma) -> torch.Tensor:
-    """Flow-matching errors of images of one prompt by nothing but diffusers' own parts and the textbook formula."""
+def stock_latents(pipeline, images) -> torch.Tensor:
+    """Clean packed latents of images by nothing but diffusers' own parts."""
     pixels = [torch.from_numpy(np.array(image.convert("RGB"))).float().permute(2, 0, 1) / 127.5 - 1 for image in images]
     latents = torch.cat([pipeline.vae.encode(p[None, :, None]).latent_dist.mode() for p in pixels])
     mean, std = (torch.tensor(pipeline.vae.config[f"latents_{n}"]).view(1, -1, 1, 1, 1) for n in ("mean", "std"))
-    clean = pipeline._pack_latents((latents - mean) / std, len(images), 16, 8, 8)
-    embeds, _ = pipeline.encode_prompt(prompt, max_sequence_length=512)
-    velocity = pipeline.transformer(
-        hidden_states=(1 - sigma) * clean + sigma * noise,
-        timestep=sigma.expand(len(images)),
-        encoder_hidden_states=embeds.expand(len(images), -1, -1),
-        img_shapes=[[(1, 4, 4)]] * len(images),
-        return_dict=False,
-    )[0]
-    return ((velocity - (noise - clean)) ** 2).mean((1, 2))
+    return pipeline._pack_latents((latents - mean) / std, len(images), 16, 8, 8)
 
 
 # --- The losses ---
@@ -58,7 +50,8 @@ def test_dpo_loss_is_that_of_plain_diffusers_calls(tmp_path):
     for place, pair in enumerate(some_pairs()):
         batch = trainer._prepare_inputs([(trainer.train_dataset.examples[place], place)])
         ours = trainer.compute_loss(trainer.model, batch).item()
-        images, drawn = [pair.chosen.open(), pair.rejected.open()], (batch.noise[0], batch.sigma[0])
+        images = stock_latents(policy, [pair.chosen.open(), pair.rejected.open()])
+        drawn = batch.noise[0], batch.sigma[0]
         win, lose = stock_errors(policy, images, pair.prompt, *drawn)
         win_ref, lose_ref = stock_errors(reference, images, pair.prompt, *drawn)
         margin = ((win - lose) - (win_ref - lose_ref)).item()
@@ -74,7 +67,7 @@ def test_sft_loss_is_that_of_plain_diffusers_calls(tmp_path):
     assert len(set(batch.sigma.tolist())) == 3
     pipeline = QwenImagePipeline.from_pretrained(CHECKPOINT, dtype=torch.float32)
     expected = [
-        stock_errors(pipeline, [row.image.open()], row.prompt, noise, sigma)[0]
+        stock_errors(pipeline, stock_latents(pipeline, [row.image.open()]), row.prompt, noise, sigma)[0]
         for row, noise, sigma in zip(rows, batch.noise, batch.sigma, strict=True)
     ]
     # A fresh LoRA is no change: the trained model is still the stock one.

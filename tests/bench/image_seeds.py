@@ -1,7 +1,8 @@
-"""SFT to a style, or DPO with the making of its pairs, over several seeds: a table of what is held out, before and after.
+"""SFT, DPO with the making of its pairs, or online DPO, over several seeds: what is held out, before and after.
 
     python tests/bench/image_seeds.py sft --seeds 0 1 2
     python tests/bench/image_seeds.py dpo --seeds 0 1 2
+    python tests/bench/image_seeds.py dpo_online --seeds 0 1 2
 
 Every run is a process of its own with an empty cache; CPU minutes are those of all processes of a seed, start, pair
 making and pictures included.
@@ -21,6 +22,7 @@ from align.reports import series
 SHOWN = {
     "sft": ("grounded", "shapes_following", "loss"),
     "dpo": ("warm_background", "accuracy", "shapes_following", "full_shapes_following"),
+    "dpo_online": ("warm_background", "shapes_following", "full_shapes_following"),
 }
 
 
@@ -38,15 +40,17 @@ def call(script: str, config: str, *arguments: str) -> None:
 
 def run(kind: str, seed: str, folder: Path, overrides: list[str]) -> list[dict]:
     """The log of one seed's training run."""
-    common = ["--seed", seed, "--output_dir", str(folder / "run"), "--cache_dir", str(folder / "cache")]
-    common += ["--disable_tqdm", "true", *overrides]
-    if kind == "sft":
-        call("sft.py", "sft_style.yaml", *common)
+    common = ["--seed", seed, "--output_dir", str(folder / "run"), "--disable_tqdm", "true", *overrides]
+    cache = ["--cache_dir", str(folder / "cache")]
+    if kind == "dpo_online":
+        call("dpo_online.py", "dpo_online.yaml", *common)
+    elif kind == "sft":
+        call("sft.py", "sft_style.yaml", *common, *cache)
     else:
         pairs = str(folder / "pairs")
         for split in ("train", "test"):
             call("generate.py", "generate.yaml", "--seed", seed, "--output_dir", pairs, "--dataset_split", split)
-        call("dpo.py", "dpo.yaml", "--dataset_name", pairs, "--eval_dataset_name", pairs, *common)
+        call("dpo.py", "dpo.yaml", "--dataset_name", pairs, "--eval_dataset_name", pairs, *common, *cache)
     return json.loads((folder / "run/trainer_state.json").read_text())["log_history"]
 
 
