@@ -19,7 +19,17 @@ FLOORS = (
     {"flow", "losses", "advantages"},
     {"models", "tiny"},
     {"rollout", "buffer", "evaluation", "trainer", "callbacks", "signals", "arguments", "metrics", "reports"}
-    | {"flow_config", "group_config", "grpo_config", "groups", "latents", "matching", "data_arguments", "launch", "ranking"},
+    | {
+        "flow_config",
+        "group_config",
+        "grpo_config",
+        "groups",
+        "latents",
+        "matching",
+        "data_arguments",
+        "launch",
+        "ranking",
+    },
     {"sft", "dpo", "dpo_online", "grpo", "generate"},
 )
 #: What of align/ each part of the first two floors may import, beside itself.
