@@ -7,7 +7,7 @@ import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from matching_runs import GROUNDED, lora, losses, settings, sft, some_pairs
 
-from align.dpo import DPOConfig, DPOTrainer
+from align.dpo import DPOConfig, DPOTrainer, dpo_errors
 from align.matching import MatchingBatch, matching_errors
 from align.models.qwen_image import QwenImage
 from align.rollout import ImageKey, SamplingPlan, rollout
@@ -83,10 +83,10 @@ def test_the_reference_of_a_full_dpo_run_is_the_frozen_start(tmp_path):
     bare = QwenImage.from_pretrained("tiny")
     with torch.no_grad():
         start = matching_errors(bare, batch, bare.transformer)
-        before = trainer._errors(batch, trainer.model)
+        before = dpo_errors(trainer, batch, trainer.model)
     trainer.train()
     with torch.no_grad():
-        after = trainer._errors(batch, trainer.model)
+        after = dpo_errors(trainer, batch, trainer.model)
     assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert torch.equal(before[0], start) and torch.equal(before[1], start) and torch.equal(after[1], start)
     assert not torch.equal(after[0], start)
