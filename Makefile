@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/accelerate launch --config_file configs/accelerate/single.yaml align/grpo.py --config configs/tiny/grpo.yaml
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m slow

@@ -5,7 +5,8 @@ callable asks for by name, each a list of the same length. None (or NaN) means *
 as 0. The callable may be ``async``. This package never imports ``align``.
 """
 
-from rewards.registry import BUILTINS, Reward, load_rewards
-from rewards.scoring import RewardError, score
+from rewards.registry import Reward, load_rewards
+from rewards.scoring import RewardError, RewardFailed, RewardUnavailable, score
+from rewards.table import BUILTINS
 
-__all__ = ["BUILTINS", "Reward", "RewardError", "load_rewards", "score"]
+__all__ = ["BUILTINS", "Reward", "RewardError", "RewardFailed", "RewardUnavailable", "load_rewards", "score"]

@@ -1,30 +1,25 @@
 """From a name in a config to a callable: lazily, and with an error that says what would have worked."""
 
-import contextlib
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from difflib import get_close_matches
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-#: Built-in rewards. Nothing is imported before a run asks for it.
-BUILTINS = {
-    "shapes_following": "rewards.shapes:shapes_following",
-    "shapes_exact": "rewards.shapes:shapes_exact",
-    "shapes_word": "rewards.shapes:shapes_word",
-    "shapes_preference": "rewards.shapes:preference",
-    "grounded": "rewards.shapes:grounded",
-    "warm_background": "rewards.shapes:warm_background",
-}
-#: Built-ins that are factories, and so need ``args``.
-FACTORIES = frozenset({"shapes_preference"})
-_KEYS = ("use", "weight", "args", "name")
+from rewards.hints import nearest
+from rewards.table import BUILTINS
+from rewards.weights import CategoryWeights, Weight, parse_weight
+
+_KEYS = ("use", "weight", "args", "name", "environment", "endpoints", "timeout", "retries", "images_per_request")
+#: Seconds that a call may take, and how often it is tried again, where a reward runs elsewhere and nothing is said.
+#: With the client's pauses 8 tries take a minute and a half: a service that is restarted loads its models again.
+TIMEOUT, ENVIRONMENT_RETRIES, ENDPOINT_RETRIES = 300.0, 2, 8
 _GIVEN = ("images", "prompts")
 #: The weighted sum of all rewards is logged under this name.
 TOTAL = "reward"
@@ -34,14 +29,15 @@ TOTAL = "reward"
 class Reward:
     """A reward ready to be called.
 
-    name: under which it is logged. function: the callable. weight: its share in the sum; with 0 it is only measured.
+    name: under which it is logged. function: the callable. weight: its share in the sum, one number
+    or one for each category; with 0 it is only measured.
     columns: data columns it takes by name; ``None`` when it takes every column (``**columns``).
     required: those of them without a default.
     """
 
     name: str
     function: Callable[..., Any]
-    weight: float
+    weight: Weight
     columns: tuple[str, ...] | None
     required: tuple[str, ...]
 
@@ -58,13 +54,38 @@ class Reward:
             if column not in available:
                 raise ValueError(
                     f"reward {self.name!r} needs the data column {column!r}, which the data lacks."
-                    + _nearest(column, available)
+                    + nearest(column, available)
                 )
 
+        if isinstance(self.weight, CategoryWeights) and self.weight.column not in available:
+            raise ValueError(
+                f"the weight of reward {self.name!r} goes by the data column {self.weight.column!r}, which the data lacks."
+                + nearest(self.weight.column, available)
+            )
 
-def _nearest(word: str, choices: Iterable[str]) -> str:
-    close = get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else f" There are: {', '.join(sorted(choices)) or 'none'}."
+    def check_weights(self, rows: Mapping[str, Iterable[Any]]) -> None:
+        """Raise ValueError, naming the row, when the data holds a category that has no weight."""
+        if isinstance(self.weight, CategoryWeights):
+            self.weight.check(self.name, rows[self.weight.column])
+
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        """Raise ValueError where a value of a data row cannot be sent to where this reward runs."""
+        if hasattr(self.function, "endpoints") or hasattr(self.function, "environment"):
+            from rewards import wire
+
+            wanted = row if self.columns is None else {name: row[name] for name in self.columns if name in row}
+            wire.check_columns({name: [value] for name, value in wanted.items() if name != "prompt"})
+
+    def weight_of(self, row: Mapping[str, Any]) -> float:
+        """This reward's share in the sum for one data row."""
+        weight = self.weight
+        return weight.of(row[weight.column]) if isinstance(weight, CategoryWeights) else weight
+
+    def close(self) -> None:
+        """Let go of what the reward holds (a worker process, connections), if its callable has a ``close``."""
+        close = getattr(self.function, "close", None)
+        if callable(close):
+            close()
 
 
 Spec = str | Mapping[str, Any] | Callable[..., Any] | Reward
@@ -76,14 +97,21 @@ def load_rewards(specs: Spec | Iterable[Spec]) -> list[Reward]:
     Args:
         specs: each a name, a mapping ``{use, weight, args, name}``, a callable, or a Reward; one of them may stand
             without a list. ``use`` is a built-in name, ``module:attr`` or ``file.py:attr``; with ``args`` the attr is a
-            factory called with them.
+            factory called with them. Further keys say where it runs: ``environment`` (a process with packages of its own,
+            `rewards.isolated`) or ``endpoints`` (a service, `rewards.client`; ``images_per_request``), ``timeout``
+            (seconds a call may take, in this process too) and ``retries`` of a call that was lost.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: naming the entry, what was found and what would do.
     """
     if isinstance(specs, (str, Mapping, Reward)) or callable(specs):
         specs = [specs]
-    rewards = [_load(spec) for spec in specs or ()]
+    rewards = []
+    for spec in specs or ():
+        try:
+            rewards.append(_load(spec))
+        except SystemExit as error:  # of a module or a factory, and not the end of the run
+            raise ImportError(f"reward entry {spec!r} ended the program (SystemExit: {error}) when loaded") from error
     if not rewards:
         raise ValueError("no reward was given: pass --rewards NAME, or `rewards:` in the config")
     names = [reward.name for reward in rewards]
@@ -93,6 +121,20 @@ def load_rewards(specs: Spec | Iterable[Spec]) -> list[Reward]:
         if names.count(name) > 1:
             raise ValueError(f"two rewards are both called {name!r}: give one of them another `name`")
     return rewards
+
+
+def read_rewards(file: Path) -> list[Any]:
+    """The entries of a YAML config's list ``rewards``; raises ValueError when there is none."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is no YAML: {error}") from None
+    listed = content.get("rewards") if isinstance(content, Mapping) else None
+    if not isinstance(listed, list):
+        raise ValueError(f"{file} has no list `rewards:`")
+    return listed
 
 
 def _load(spec: Spec) -> Reward:
@@ -108,36 +150,108 @@ def _load(spec: Spec) -> Reward:
     unknown = [key for key in spec if key not in _KEYS]
     if unknown:
         found = f"reward entry {dict(spec)} has an unknown key {unknown[0]!r}."
-        raise ValueError(found + _nearest(str(unknown[0]), _KEYS))
+        raise ValueError(found + nearest(str(unknown[0]), _KEYS))
     if not isinstance(spec.get("use"), str):
         raise ValueError(f"reward entry {dict(spec)} needs `use`: a built-in name, module:attr or file.py:attr")
-    use, args, weight = spec["use"], spec.get("args"), spec.get("weight", 1.0)
-    if isinstance(weight, str):  # YAML reads 1e-1 as text
-        with contextlib.suppress(ValueError):
-            weight = float(weight)
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-        raise ValueError(f"the weight of reward {use!r} must be a finite number, found {weight!r}")
-    function = _resolve(use)
-    if use in FACTORIES and args is None:
-        raise ValueError(f"reward {use!r} is a factory: give it `args`, {_parameters(function)}")
-    if args is not None:
-        try:
-            inspect.signature(function).bind(**args)
-        except TypeError as error:
-            found = f"args {args!r} of reward {use!r} do not fit: {error}."
-            raise ValueError(f"{found} It takes {_parameters(function)}") from None
-        function = function(**args)
-    module, _, name = use.rpartition(":")
+    use = spec["use"]
+    for key, kind, what in (
+        ("args", Mapping, "a mapping"),
+        ("environment", Mapping, "a mapping"),
+        ("name", str, "text"),
+    ):
+        if spec.get(key) is not None and not isinstance(spec[key], kind):
+            raise ValueError(f"`{key}` of reward {use!r} must be {what}, found {spec[key]!r}")
+    share = parse_weight(use, spec.get("weight", 1.0))
+    _check_running(spec)
+    module, _, name = use.rpartition(":")  # of a built-in, its name
     if name == TOTAL:
         name = f"{Path(module).stem.rpartition('.')[2]}_{TOTAL}"
-    return _reward(spec.get("name") or name, function, float(weight))
+    name = spec.get("name") or name
+    if use in BUILTINS and (spec.get("args") or {}).get("backend") == "package":
+        from rewards.packages import package_spec
+
+        made = package_spec(use, spec["args"])
+        spec = {**spec, **made, "environment": made["environment"] | dict(spec.get("environment") or {})}
+    if "endpoints" in spec or "environment" in spec:
+        return _elsewhere(name, spec, share)
+    reward = _reward(name, _make(use, spec.get("args")), share)
+    if "timeout" not in spec:
+        return reward
+    from rewards.timed import Timed
+
+    return replace(reward, function=Timed(name, reward.function, float(spec["timeout"])))
+
+
+def _make(use: str, args: Mapping[str, Any] | None) -> Any:
+    """The callable that an entry names, made by its factory if it is one."""
+    function = resolve(use)
+    if use in BUILTINS and BUILTINS[use].factory:
+        args = args or {}
+    if args is None:
+        return function
+    try:
+        inspect.signature(function).bind(**args)
+    except TypeError as error:
+        found = f"args {args!r} of reward {use!r} do not fit: {error}."
+        raise ValueError(f"{found} It takes {_parameters(function)}") from None
+    try:
+        return function(**args)
+    except (TypeError, AttributeError, re.error) as error:
+        if use not in BUILTINS:
+            raise  # a user's own code: with its traceback
+        raise ValueError(
+            f"args {dict(args)!r} of reward {use!r} do not fit: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_running(spec: Mapping[str, Any]) -> None:
+    """Raise ValueError for keys about where and how a reward runs that make no sense, alone or together."""
+    use = spec["use"]
+    if "endpoints" in spec:
+        for key in ("environment", "args"):
+            if spec.get(key) is not None:
+                raise ValueError(
+                    f"reward {use!r} has `endpoints` and `{key}`: what runs at the endpoints is up to the service's "
+                    f"own config, so `{key}` belongs there"
+                )
+    elif "images_per_request" in spec:
+        raise ValueError(f"reward {use!r} has `images_per_request` without `endpoints`, whose requests it divides")
+    elif "retries" in spec and "environment" not in spec:
+        raise ValueError(
+            f"reward {use!r} has `retries` and runs in this process, where what failed would fail again: they are for "
+            "`environment` and `endpoints`"
+        )
+    timeout = spec.get("timeout", 1.0)
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
+        raise ValueError(f"the timeout of reward {use!r} must be a positive number of seconds, found {timeout!r}")
+    for key, least in (("retries", 0), ("images_per_request", 1)):
+        value = spec.get(key, least)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"the {key} of reward {use!r} must be an integer from {least} on, found {value!r}")
+
+
+def _elsewhere(name: str, spec: Mapping[str, Any], weight: Weight) -> Reward:
+    """A reward in a process of its own or behind a service; which columns it takes is known there."""
+    timeout = float(spec.get("timeout", TIMEOUT))
+    function: Any
+    if "endpoints" in spec:
+        from rewards.client import Remote
+
+        retries = spec.get("retries", ENDPOINT_RETRIES)
+        function = Remote(spec["use"], spec["endpoints"], timeout, retries, spec.get("images_per_request"))
+    else:
+        from rewards.isolated import Isolated
+
+        inner = {key: spec[key] for key in ("use", "args") if key in spec}
+        function = Isolated(name, inner, spec["environment"], timeout, spec.get("retries", ENVIRONMENT_RETRIES))
+    return Reward(name, function, weight, function.columns, function.required)
 
 
 def _parameters(function: Callable[..., Any]) -> str:
     return str(inspect.signature(function))
 
 
-def _reward(name: str, function: Callable[..., Any], weight: float) -> Reward:
+def _reward(name: str, function: Callable[..., Any], weight: Weight) -> Reward:
     if not callable(function):
         raise ValueError(
             f"reward {name!r} is {type(function).__name__}, not callable: with `args`, the factory must return a function"
@@ -160,17 +274,18 @@ def _reward(name: str, function: Callable[..., Any], weight: float) -> Reward:
     )
 
 
-def _resolve(use: str) -> Callable[..., Any]:
-    target = BUILTINS.get(use, use)
+def resolve(use: str) -> Callable[..., Any]:
+    """What a built-in name, ``module:attr`` or ``file.py:attr`` names; imports its module."""
+    target = BUILTINS[use].target if use in BUILTINS else use
     module_name, separator, attribute = target.rpartition(":")
     if not separator or not module_name or not attribute:
         raise ValueError(
-            f"unknown reward {use!r}." + _nearest(use, BUILTINS) + " Your own: module:attr or file.py:attr."
+            f"unknown reward {use!r}." + nearest(use, BUILTINS) + " Your own: module:attr or file.py:attr."
         )
     module = _import_file(module_name) if module_name.endswith(".py") else _import_module(module_name)
     if not hasattr(module, attribute):
         public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise ValueError(f"{module_name} has no {attribute!r}." + _nearest(attribute, public))
+        raise ValueError(f"{module_name} has no {attribute!r}." + nearest(attribute, public))
     found = getattr(module, attribute)
     if not callable(found):
         raise ValueError(f"reward {use!r} is {type(found).__name__}, not callable")
@@ -181,7 +296,7 @@ def _import_file(name: str) -> Any:
     path = Path(name).expanduser().resolve()
     if not path.is_file():
         beside = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"reward file {name} does not exist (looked for {path})." + _nearest(path.name, beside))
+        raise FileNotFoundError(f"reward file {name} does not exist (looked for {path})." + nearest(path.name, beside))
     alias = f"reward_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if alias in sys.modules:  # two rewards of one file share what it loads
         return sys.modules[alias]

@@ -1,6 +1,7 @@
 """Calling rewards and holding them to their contract."""
 
 import asyncio
+import functools
 import inspect
 import math
 import numbers
@@ -12,10 +13,28 @@ from typing import Any
 from PIL import Image
 
 from rewards.registry import Reward
+from rewards.threads import in_thread
+
+#: Seconds after which a call of a reward that runs elsewhere is given up, all its tries together: other processes of a
+#: run wait for its scores, and torch's collectives (`ddp_timeout`) do so for 1800 s.
+CALL_SECONDS = 1500.0
 
 
 class RewardError(RuntimeError):
     """A reward broke its contract, or failed for more images than the run allows."""
+
+
+class RewardFailed(RuntimeError):
+    """A reward that runs elsewhere failed for these images; the message says what it raised there."""
+
+
+class RewardUnavailable(RewardFailed):
+    """A call was given up: the reward hung, died or could not be reached, as often as it may."""
+
+
+def describe(error: BaseException) -> str:
+    """What a reward raised, in one line; the same wherever it ran."""
+    return str(error) if isinstance(error, RewardFailed) else f"{type(error).__name__}: {error}"
 
 
 def score(
@@ -25,6 +44,8 @@ def score(
     columns: Mapping[str, list[Any]],
 ) -> tuple[list[list[float]], dict[str, str]]:
     """Score images by every reward.
+
+    Plain rewards are called one after the other in this thread, or in others where an async one is among them.
 
     Args:
         images, prompts: N of each. columns: the other data columns, N values each.
@@ -40,11 +61,26 @@ def score(
     scores, failures = [], {}
     for reward, result in zip(rewards, results, strict=True):
         if isinstance(result, Exception):
-            failures[reward.name] = f"{type(result).__name__}: {result}"
+            failures[reward.name] = describe(result)
             scores.append([math.nan] * len(images))
         else:
             scores.append(_checked(reward, result, len(images)))
     return scores, failures
+
+
+def score_one(
+    reward: Reward, images: list[Image.Image], prompts: list[str], columns: Mapping[str, list[Any]]
+) -> list[float]:
+    """As :func:`score` for a single reward, but what it raises is raised."""
+    (result,) = _run(_call_all([reward], images, prompts, columns))
+    if isinstance(result, Exception):
+        raise result
+    return _checked(reward, result, len(images))
+
+
+def as_json(scores: Sequence[float]) -> list[float | None]:
+    """NaN, which JSON does not know, as None: not scored."""
+    return [None if math.isnan(value) else value for value in scores]
 
 
 def _run(calls: Coroutine[Any, Any, list[Any]]) -> list[Any]:
@@ -62,15 +98,32 @@ async def _call_all(
 ) -> list[Any]:
     """Async rewards wait on each other's side; what a reward raises is returned in its place."""
 
+    # Beside an async reward a plain one must not keep the event loop, whose timers would find that reward too slow.
+    # It has a thread then, and with others of its kind takes turns; otherwise it has this one.
+    waiting, turn = any(_is_async(reward.function) for reward in rewards), asyncio.Lock()
+
     async def call(reward: Reward) -> Any:
         wanted = columns if reward.columns is None else {k: columns[k] for k in reward.columns if k in columns}
+        run = functools.partial(reward.function, images=images, prompts=prompts, **wanted)
         try:
-            result = reward.function(images=images, prompts=prompts, **wanted)
+            if waiting and not _is_async(reward.function):
+                async with turn:
+                    result = await in_thread(run)
+            else:
+                result = run()
             return await result if inspect.isawaitable(result) else result
+        except RewardError:  # of a reward that runs elsewhere, where its scores were checked
+            raise
+        except (SystemExit, asyncio.CancelledError) as error:  # neither is the end of the run
+            return RewardFailed(f"{type(error).__name__}: {error}")
         except Exception as error:  # whatever a user's function raises: reported by name, counted, never a 0
             return error
 
-    return list(await asyncio.gather(*(call(reward) for reward in rewards)))
+    return list(await asyncio.gather(*map(call, rewards)))
+
+
+def _is_async(function: Any) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _checked(reward: Reward, result: Any, expected: int) -> list[float]:
@@ -89,7 +142,10 @@ def _number(reward: Reward, row: int, value: Any) -> float:
         with suppress(ValueError, RuntimeError):  # a tensor or array of another size than one: refused below
             value = value.item()
     if isinstance(value, numbers.Real):
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number beyond all floats
+            return math.nan
         return number if math.isfinite(number) else math.nan
     raise RewardError(
         f"reward {reward.name!r} returned {value!r} ({type(value).__name__}) for image {row}, not a number or None"

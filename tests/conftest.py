@@ -12,7 +12,8 @@ from align.models.qwen_image import QwenImage
 from align.tiny import PROMPTS
 from preference_data.prompts import load_prompts
 
-torch.set_num_threads(2)
+# Of two cores: both, or one for each of two processes of tests.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from rewards import BUILTINS, Reward, load_rewards, score
-from rewards.registry import FACTORIES
 
 #: Arguments for the built-ins that need some.
 FACTORY_ARGS = {"shapes_preference": {"attribute": "background", "values": ["red"]}}
@@ -84,7 +83,7 @@ def test_importing_rewards_loads_nothing_heavy_and_no_built_in():
     loaded = set(json.loads(printed))
     assert {"rewards", "rewards.registry"} <= loaded
     heavy = {"torch", "transformers", "diffusers", "datasets", "accelerate", "scipy", "numpy", "align"}
-    assert not loaded & (heavy | {target.partition(":")[0] for target in BUILTINS.values()})
+    assert not loaded & (heavy | {builtin.target.partition(":")[0] for builtin in BUILTINS.values()})
 
 
 def test_a_built_in_is_imported_when_it_is_asked_for():
@@ -96,17 +95,21 @@ def test_a_built_in_is_imported_when_it_is_asked_for():
     assert printed.split() == ["False", "True", "False"]
 
 
-@pytest.mark.parametrize("name", BUILTINS)
-def test_every_built_in_resolves_under_its_own_name(name):
-    (reward,) = load_rewards([{"use": name, "args": FACTORY_ARGS[name]} if name in FACTORIES else name])
-    assert (reward.name, reward.weight) == (name if name in FACTORIES else BUILTINS[name].partition(":")[2], 1.0)
+SHAPES = sorted(name for name, builtin in BUILTINS.items() if builtin.target.startswith("rewards.shapes:"))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_built_in_of_the_embedded_world_resolves_under_its_own_name(name):
+    (reward,) = load_rewards([{"use": name, "args": FACTORY_ARGS[name]} if BUILTINS[name].factory else name])
+    assert (reward.name, reward.weight) == (name, 1.0)
     assert callable(reward.function) and reward.required == (() if name == "grounded" else ("spec",))
 
 
-@pytest.mark.parametrize("name", sorted(FACTORIES))
-def test_a_factory_without_args_is_told_what_it_takes(name):
-    with pytest.raises(ValueError, match=rf"'{name}' is a factory: give it `args`, \(attribute"):
-        load_rewards([name])
+def test_a_factory_that_needs_args_is_told_what_it_takes():
+    with pytest.raises(
+        ValueError, match=r"'shapes_preference' do not fit: missing .*'attribute'\. It takes \(attribute"
+    ):
+        load_rewards(["shapes_preference"])
 
 
 # --- Ways to name a reward ---
@@ -297,7 +300,12 @@ def test_a_column_named_as_an_argument_is_refused_where_every_column_is_taken(co
         (
             "zzz",
             ValueError,
-            ["unknown reward 'zzz'", "There are: grounded, shapes_exact", "module:attr or file.py:attr"],
+            [
+                "unknown reward 'zzz'",
+                "There are: aesthetic, ",
+                ", shapes_exact, shapes_following",
+                "module:attr or file.py:attr",
+            ],
         ),
         ("my_reward.py", ValueError, ["unknown reward 'my_reward.py'", "file.py:attr"]),
         (":score", ValueError, ["unknown reward ':score'", "module:attr"]),
@@ -317,7 +325,7 @@ def test_a_column_named_as_an_argument_is_refused_where_every_column_is_taken(co
         ("rewards.registry:BUILTINS", ValueError, ["'rewards.registry:BUILTINS' is dict, not callable"]),
         ({"use": "rewards.registry:BUILTINS", "args": {"a": 1}}, ValueError, ["is dict, not callable"]),
         ({"use": "shapes_exact", "wieght": 1}, ValueError, ["unknown key 'wieght'", "Did you mean 'weight'?"]),
-        ({"use": "shapes_exact", 3: 1}, ValueError, ["unknown key 3", "There are: args, name, use, weight"]),
+        ({"use": "shapes_exact", 3: 1}, ValueError, ["unknown key 3", "There are: args, endpoints, environment"]),
         ({"weight": 1}, ValueError, ["{'weight': 1} needs `use`"]),
         ({"use": None}, ValueError, ["needs `use`"]),
         ({}, ValueError, ["needs `use`"]),
@@ -330,7 +338,20 @@ def test_a_column_named_as_an_argument_is_refused_where_every_column_is_taken(co
         ({"use": "shapes_exact", "weight": float("nan")}, ValueError, ["must be a finite number, found nan"]),
         ({"use": "my_reward.py:make", "args": {"skale": 1}}, ValueError, ["do not fit", "'skale'", "takes (scale)"]),
         ({"use": "my_reward.py:make", "args": {}}, ValueError, ["do not fit", "'scale'", "takes (scale)"]),
-        ({"use": "my_reward.py:make", "args": 3}, ValueError, ["do not fit", "mapping", "takes (scale)"]),
+        (
+            {"use": "my_reward.py:make", "args": 3},
+            ValueError,
+            ["`args` of reward 'my_reward.py:make' must be a mapping"],
+        ),
+        ({"use": "hpsv2", "args": [1]}, ValueError, ["`args` of reward 'hpsv2' must be a mapping, found [1]"]),
+        ({"use": "brightness", "name": 5}, ValueError, ["`name` of reward 'brightness' must be text, found 5"]),
+        (
+            {"use": "hpsv2", "args": {"backend": "package"}, "environment": "/x"},
+            ValueError,
+            ["`environment` of reward 'hpsv2' must be a mapping, found '/x'"],
+        ),
+        ({"use": "ocr", "args": {"pattern": "("}}, ValueError, ["of reward 'ocr' do not fit", "missing )"]),
+        ({"use": "ocr", "args": {"min_side": "x"}}, ValueError, ["of reward 'ocr' do not fit: TypeError"]),
         ({"use": "my_reward.py:number", "args": {}}, ValueError, ["'number' is int", "must return a function"]),
         ("my_reward.py:make", ValueError, ["'make' must take (images, prompts, ...), found (scale)"]),
         ("builtins:max", ValueError, ["'max' must take (images, prompts, ...)"]),

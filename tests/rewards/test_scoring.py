@@ -1,8 +1,11 @@
 """Calling rewards and holding them to their contract: one number or None for each image."""
 
 import asyncio
+import dataclasses
 import functools
 import math
+import threading
+import time
 from collections import OrderedDict
 from decimal import Decimal
 from fractions import Fraction
@@ -12,7 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from rewards import RewardError, load_rewards, score
+from rewards import RewardError, RewardUnavailable, load_rewards, score
+from rewards.scoring import score_one
+from rewards.threads import in_thread
+from rewards.timed import Timed
 
 IMAGES = [Image.new("RGB", (4, 4), color) for color in ("red", "green", "blue")]
 PROMPTS = ["a", "b", "c"]
@@ -43,6 +49,7 @@ def scores_of(*functions, columns=None, images=IMAGES, prompts=PROMPTS):
         ([None, NAN, 1.0], [NAN, NAN, 1.0]),
         ([math.inf, -math.inf, 1.0], [NAN, NAN, 1.0]),
         ([True, False, True], [1.0, 0.0, 1.0]),
+        ([10**400, 1, 2], [NAN, 1.0, 2.0]),
         ([Fraction(1, 2), np.float16(0.25), np.int8(3)], [0.5, 0.25, 3.0]),
         (np.array([0.5, np.nan, np.inf]), [0.5, NAN, NAN]),
         (np.array([1, 2, 3]), [1.0, 2.0, 3.0]),
@@ -183,6 +190,67 @@ def test_a_column_that_is_missing_after_all_is_a_failure_of_that_reward():
     assert scores[1] == [1.0, 2.0, 3.0]
 
 
+@pytest.mark.parametrize("error", [SystemExit(0), asyncio.CancelledError(), StopIteration()])
+@pytest.mark.parametrize("how", ["plain", "async", "in a thread", "with a time-out"])
+def test_a_reward_that_ends_the_program_has_failed(error, how):
+    def ending(images, prompts):
+        raise error
+
+    async def ending_later(images, prompts):
+        raise error
+
+    (reward,) = load_rewards([ending_later if how == "async" else ending])
+    if how == "with a time-out":
+        reward = dataclasses.replace(reward, function=Timed("ending", ending, 10))
+    if how == "in a thread":  # as the service calls it
+        with pytest.raises(RuntimeError, match=type(error).__name__):
+            asyncio.run(asyncio.wait_for(in_thread(score_one, reward, IMAGES, PROMPTS, {}), 10))
+        return
+    _, failures = score([reward], IMAGES, PROMPTS, {})
+    assert type(error).__name__ in failures[reward.name]
+
+
+@pytest.mark.parametrize("ends", ["module", "factory"])
+def test_a_reward_that_ends_the_program_when_loaded_is_an_import_error(tmp_path, ends):
+    file = tmp_path / "ends.py"
+    file.write_text("import sys\n" + ("sys.exit(3)" if ends == "module" else "def make():\n    sys.exit(3)\n"))
+    with pytest.raises(ImportError, match=r"reward entry .*ends\.py.* ended the program \(SystemExit: 3\)"):
+        load_rewards([{"use": f"{file}:make", "args": {}}])
+
+
+def test_a_plain_reward_takes_no_time_of_one_beside_it():
+    def plain(images, prompts):
+        time.sleep(0.6)
+        return [float(threading.get_ident() != here)] * 3
+
+    async def quick(images, prompts):
+        async with asyncio.timeout(0.3):
+            for _ in range(5):
+                await asyncio.sleep(0.02)
+        return [2.0] * 3
+
+    here = threading.get_ident()
+    assert scores_of(plain, quick) == ([[1.0] * 3, [2.0] * 3], {})
+    assert scores_of(plain)[0] == [[0.0] * 3]  # alone, in the thread that asked
+
+
+def test_plain_rewards_take_turns_also_beside_an_async_one():
+    inside, most = [], []
+
+    def plain(images, prompts):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+        return [1.0] * 3
+
+    async def later(images, prompts):
+        return [2.0] * 3
+
+    assert scores_of(plain, functools.partial(plain), later) == ([[1.0] * 3, [1.0] * 3, [2.0] * 3], {})
+    assert most == [1, 1]
+
+
 def test_an_interrupt_is_not_swallowed():
     def interrupted(images, prompts):
         raise KeyboardInterrupt
@@ -222,6 +290,31 @@ def test_scores_keep_the_order_of_the_rewards_whichever_answers_first():
         return [2.0 for _ in images]
 
     assert scores_of(slow, returning([3, 3, 3], "plain"), quick) == ([[1.0] * 3, [3.0] * 3, [2.0] * 3], {})
+
+
+def test_a_plain_function_does_not_keep_rewards_that_run_elsewhere_from_starting():
+    started = threading.Event()
+
+    def plain(images, prompts):
+        return [float(started.wait(timeout=10)) for _ in images]
+
+    async def elsewhere(images, prompts):
+        await in_thread(started.set)
+        return [2.0 for _ in images]
+
+    assert scores_of(plain, elsewhere) == ([[1.0] * 3, [2.0] * 3], {})
+
+
+def test_what_was_given_up_is_told_without_the_name_of_our_class():
+    def lost(images, prompts):
+        raise RewardUnavailable("given up after 3 tries: http://host: ConnectError")
+
+    def broken(images, prompts):
+        raise RewardError("reward 'there' returned 2 scores for 3 images")
+
+    assert scores_of(lost)[1] == {"lost": "given up after 3 tries: http://host: ConnectError"}
+    with pytest.raises(RewardError, match="'there' returned 2 scores"):
+        scores_of(returning([1, 2, 3]), broken)
 
 
 def test_a_callable_that_returns_an_awaitable_is_awaited():

@@ -1,0 +1,176 @@
+"""Rewards from the shell.
+
+python -m rewards list
+python -m rewards score --use hpsv2 --use ocr --images *.png --prompt "a red cat"
+python -m rewards score --config run.yaml --images pictures/*.png --column target=STOP --json
+"""
+
+import argparse
+import glob
+import importlib.util
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from rewards.registry import load_rewards, read_rewards
+from rewards.scoring import RewardError, score
+from rewards.table import BUILTINS, Builtin
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command; a mistake is answered with a sentence."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rewards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser("list", help="the built-in rewards, what each needs, whether it can run here")
+    listing.add_argument("--json", action="store_true", help="as JSON")
+    scoring = commands.add_parser("score", help="score images")
+    add = scoring.add_argument
+    add("--use", action="append", default=[], help="a built-in name, module:attr or file.py:attr; may be repeated")
+    add("--config", type=Path, help="YAML with a list `rewards:`, as for training (args, environment, endpoints)")
+    add("--images", nargs="+", required=True, help="files or patterns")
+    add("--prompt", help="of all images; without it, the text of a .txt file beside each image")
+    add(
+        "--column",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a data column, JSON or text, for all images",
+    )
+    add("--json", action="store_true", help="one JSON object a line instead of a table")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "list":
+            _print_list(args.json)
+        else:
+            _print_scores(args)
+    except (ValueError, OSError, ImportError, RewardError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+# --- list ---
+
+
+def _print_list(as_json: bool) -> None:
+    rows = [{"name": name, **_facts(builtin)} for name, builtin in BUILTINS.items()]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        print(f"{row['name']}: {row['about']}")
+        needs = [f"columns {', '.join(row['columns'])}"] if row["columns"] else []
+        needs += [f'{", ".join(row["packages"])} (pip install "flow-align[{row["extra"]}]")'] if row["packages"] else []
+        needs += list(row["checkpoints"])
+        if needs:
+            print(f"    needs: {'; '.join(needs)}")
+        print(f"    can run here: {row['runs']}")
+
+
+def _facts(builtin: Builtin) -> dict[str, Any]:
+    """What the listing says of a built-in."""
+    missing = [name for name in builtin.packages if importlib.util.find_spec(name.partition(".")[0]) is None]
+    cached = {name: _in_cache(name) for name in builtin.checkpoints}
+    runs = "yes"
+    if not all(cached.values()):
+        absent = ", ".join(name for name, there in cached.items() if not there)
+        runs = f"not yet: downloaded when first used, or give a path in `args`: {absent}"
+    if missing:
+        runs = f"no: without {', '.join(missing)}"
+    return {
+        "about": builtin.about,
+        "columns": [name.replace("?", " (if there)") for name in builtin.columns],
+        "packages": list(builtin.packages),
+        "extra": builtin.extra,
+        "checkpoints": cached,
+        "runs": runs,
+    }
+
+
+def _in_cache(checkpoint: str) -> bool:
+    """Whether a file of the hub, or a model's config for all of it, has been fetched before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, _, file = checkpoint.partition(":")
+    return isinstance(try_to_load_from_cache(repository, file or "config.json"), str)
+
+
+# --- score ---
+
+
+def _print_scores(args: argparse.Namespace) -> None:
+    specs = [*args.use, *(read_rewards(args.config) if args.config else [])]
+    files = _files(args.images)
+    prompts = [args.prompt if args.prompt is not None else _beside(file) for file in files]
+    columns = {name: [value] * len(files) for name, value in map(_column, args.column)}
+    rewards = load_rewards(specs)
+    try:
+        for reward in rewards:
+            reward.check_columns(columns)
+        table, failures = score(rewards, [_open(file) for file in files], prompts, columns)
+    finally:
+        for reward in rewards:
+            reward.close()
+    rows = [
+        {"image": str(file), "prompt": prompt}
+        | {r.name: None if math.isnan(values[n]) else values[n] for r, values in zip(rewards, table, strict=True)}
+        for n, (file, prompt) in enumerate(zip(files, prompts, strict=True))
+    ]
+    if args.json:
+        print("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    else:
+        _print_table(rows, [reward.name for reward in rewards])
+    if failures:
+        raise RewardError("; ".join(f"reward {name!r} failed: {message}" for name, message in failures.items()))
+
+
+def _print_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Columns as wide as they must be; "-" where there is no score."""
+    cells = [["image", *names]]
+    cells += [[row["image"], *("-" if row[n] is None else f"{row[n]:.6g}" for n in names)] for row in rows]
+    widths = [max(len(line[n]) for line in cells) for n in range(len(cells[0]))]
+    for line in cells:
+        print("  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]))
+
+
+def _files(patterns: Sequence[str]) -> list[Path]:
+    files: list[Path] = []
+    for pattern in patterns:
+        found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
+        if not found:
+            raise FileNotFoundError(f"there is no image {pattern}")
+        files += map(Path, found)
+    return files
+
+
+def _beside(file: Path) -> str:
+    text = file.with_suffix(".txt")
+    if not text.is_file():
+        raise FileNotFoundError(f"{file} has no prompt: pass --prompt, or write it to {text}")
+    return text.read_text().strip()
+
+
+def _column(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise ValueError(f"--column {text}: give NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:  # plain text
+        return name, value
+
+
+def _open(file: Path) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} is not a readable image: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

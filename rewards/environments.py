@@ -1,0 +1,153 @@
+"""The Python of a reward's own environment: one that is there, or a virtual environment made once from requirements."""
+
+import collections
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rewards.hints import nearest
+
+_KEYS = ("python", "requirements", "variables")
+#: Written last: an environment without it was interrupted and is made anew.
+_DONE = ".complete"
+
+
+def check_environment(name: str, environment: Any) -> None:
+    """Raise ValueError or FileNotFoundError for an ``environment`` that cannot be meant; nothing is made yet.
+
+    It is a mapping of ``python``: path of an interpreter or of a virtual environment's folder, ``requirements``: a file
+    of them or a list (``python`` is then what the environment is made with), and ``variables`` of its own.
+    """
+    if not isinstance(environment, Mapping):
+        raise ValueError(
+            f"the environment of reward {name!r} must be {{python: PATH}} or {{requirements: FILE or list}}, "
+            f"found {environment!r}"
+        )
+    for key in environment:
+        if key not in _KEYS:
+            raise ValueError(
+                f"the environment of reward {name!r} has an unknown key {key!r}." + nearest(str(key), _KEYS)
+            )
+    if not {"python", "requirements"} & set(environment):
+        raise ValueError(f"the environment of reward {name!r} needs `python` or `requirements`")
+    variables = environment.get("variables", {})
+    if not isinstance(variables, Mapping) or not all(isinstance(key, str) for key in variables):
+        raise ValueError(f"the `variables` of reward {name!r} must map names to values, found {variables!r}")
+    _base_python(name, environment)
+    if "requirements" in environment:
+        _requirements(name, environment["requirements"])
+
+
+def environment_python(name: str, environment: Mapping[str, Any]) -> str:
+    """Path of the interpreter of a checked ``environment``; makes the virtual environment if it is not there.
+
+    Raises ValueError with the last lines of what pip said when that fails.
+    """
+    base = _base_python(name, environment)
+    if "requirements" not in environment:
+        return base
+    text, option = _requirements(name, environment["requirements"])
+    version = _version(name, base)
+    digest = hashlib.sha256("\0".join([text, option or "", base, version]).encode()).hexdigest()[:16]
+    folder = cache_folder() / digest
+    python = folder / "bin" / "python"
+    with _lock(folder.with_suffix(".lock")):  # two processes make it once
+        if not (folder / _DONE).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            _build(name, base, folder, text, option)
+            (folder / _DONE).write_text(text)
+    return str(python)
+
+
+def _version(name: str, python: str) -> str:
+    """What an interpreter says it is; ValueError if it is none."""
+    try:
+        asked = subprocess.run([python, "-VV"], capture_output=True, text=True)
+    except OSError as error:
+        raise ValueError(f"reward {name!r}: {python} cannot be run: {error}") from None
+    if asked.returncode or not asked.stdout.startswith("Python"):
+        said = f"`-VV` ended with {asked.returncode}, {asked.stdout + asked.stderr!r}"
+        raise ValueError(f"reward {name!r}: {python} is no Python: {said}")
+    return asked.stdout
+
+
+def cache_folder() -> Path:
+    """Where environments are kept; one that is not wanted any more can be deleted."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flow-align" / "environments"
+
+
+def _base_python(name: str, environment: Mapping[str, Any]) -> str:
+    given = environment.get("python", sys.executable)
+    if not isinstance(given, (str, os.PathLike)):
+        raise ValueError(f"the `python` of reward {name!r} must be a path, found {given!r}")
+    path = Path(given).expanduser()
+    if path.is_dir():
+        path = path / "bin" / "python"
+    found = str(path.absolute()) if path.is_file() else None if path.parent != Path() else shutil.which(str(path))
+    if found is None:
+        raise FileNotFoundError(f"reward {name!r}: there is no Python at {path} (environment: python: {given})")
+    if not os.access(found, os.X_OK):
+        raise ValueError(f"reward {name!r}: {found} is not executable (environment: python: {given})")
+    return found
+
+
+def _requirements(name: str, given: Any) -> tuple[str, str | None]:
+    """Text of the requirements, and the file they stand in, if they do."""
+    if isinstance(given, Sequence) and not isinstance(given, str) and all(isinstance(line, str) for line in given):
+        if given:
+            return "\n".join(given) + "\n", None
+    elif isinstance(given, (str, os.PathLike)):
+        path = Path(given).expanduser()
+        if not path.is_file():
+            beside = [p.name for p in path.parent.glob("*.txt")] if path.parent.is_dir() else []
+            raise FileNotFoundError(
+                f"the requirements file {given} of reward {name!r} does not exist (looked for {path.absolute()})."
+                + nearest(path.name, beside)
+            )
+        return path.read_text(), str(path.absolute())
+    raise ValueError(f"the `requirements` of reward {name!r} must be a file or a list of lines, found {given!r}")
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file is closed, also by a process that dies
+        yield
+
+
+def _build(name: str, base: str, folder: Path, text: str, file: str | None) -> None:
+    """Make the virtual environment and install into it, showing how far it is."""
+    print(f"reward {name}: making its environment in {folder}, once", file=sys.stderr, flush=True)
+    _tell(name, [base, "-m", "venv", str(folder)])
+    if file is None:
+        own = folder / "requirements.txt"
+        own.write_text(text)
+        file = str(own)
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    _tell(name, [*pip, "install", "--progress-bar", "off", "pillow", "-r", file])  # the worker reads images
+
+
+def _tell(name: str, command: list[str]) -> None:
+    """Run a command, repeat its steps on standard error, and raise with its last lines when it fails."""
+    last: collections.deque[str] = collections.deque(maxlen=15)
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            last.append(line.rstrip())
+            if line.lstrip().startswith(("Collecting", "Downloading", "Building", "Installing", "Successfully")):
+                print(f"  {line.strip()}", file=sys.stderr, flush=True)
+    if process.returncode:
+        raise ValueError(
+            f"the environment of reward {name!r} could not be made ({' '.join(command[1:4])} ... ended with "
+            f"{process.returncode}):\n  " + "\n  ".join(last)
+        )

@@ -1,0 +1,154 @@
+"""Rewards as a service: ``python -m rewards.serve --use hpsv2 --use ocr --port 8000``.
+
+| | |
+|---|---|
+| ``POST /score/NAME`` | a frame of `rewards.wire`, or JSON ``{"prompts": [...], "images": [base64 PNG, ...], "columns": {}}``; answers ``{"scores": [...]}``, null: not scored |
+| ``GET /rewards`` | names, the columns each takes and needs, the limits, the version |
+| ``GET /health`` | 200 once all is loaded and well, 503 otherwise, and what is wrong |
+| ``GET /metrics`` | for Prometheus |
+
+An answer's header ``X-Reward-Digest``, also in ``/rewards``, is the same for the same ``use`` and ``args``: the client
+refuses to mix the scores of others. JSON is taken up to 64 MiB, frames up to ``--max_body_mb``; as much may a request's
+images take in memory, RGB ones four bytes a pixel.
+
+Refused: 400 not a frame and not JSON, 401 wrong token, 404 no such reward, 408 a body that does not come, 413 too many
+bytes, 422 content that cannot be scored; 500 with its message when the reward raised, 503 when too much waits or while
+rewards load. The token is in the environment variable FLOW_ALIGN_TOKEN or in ``--token_file``; clients send it as
+``Authorization: Bearer TOKEN`` (in clear, unless a proxy before the service speaks HTTPS).
+
+Built on Starlette and uvicorn. LitServe is faster still to set up, but all of its server ends when one worker does.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rewards import wire
+from rewards.registry import read_rewards
+
+try:
+    import uvicorn
+
+    from rewards.service import Service
+except ImportError as error:
+    raise SystemExit(f'error: {error}. The service needs: pip install "flow-align[serve]"') from None
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Serve until SIGTERM or Ctrl-C; requests under way are answered first."""
+    args = _arguments(argv)
+    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        specs, token = _specs(args), _token(args.token_file)
+        listening = _listen(args.host, args.port)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    limits = wire.Limits(int(args.max_body_mb * 2**20), args.max_images, args.max_pixels)
+    service = Service(
+        specs,
+        limits,
+        token,
+        max_queue=args.max_queue,
+        max_batch_size=args.max_batch_size,
+        max_wait=args.max_wait_ms / 1000,
+    )
+    config = uvicorn.Config(
+        service.app, log_level=args.log_level, access_log=False, timeout_graceful_shutdown=args.grace, lifespan="on"
+    )
+    server = uvicorn.Server(config)
+    service.stop = lambda: setattr(server, "should_exit", True)
+    if token is None and args.host not in ("127.0.0.1", "localhost", "::1"):
+        logger.warning("anybody who reaches %s can use this service: set FLOW_ALIGN_TOKEN", args.host)
+    host, port = listening.getsockname()[:2]
+    print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # what uvicorn leaves to be done after its own handling
+    try:
+        server.run(sockets=[listening])
+    except KeyboardInterrupt:
+        logger.info("interrupted")
+    if service.error:
+        raise SystemExit(f"error: {service.error}")
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m rewards.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--use", action="append", default=[], help="a built-in name, module:attr or file.py:attr; may be repeated")
+    add("--config", type=Path, help="YAML with a list `rewards:`, as for training (args, environment, timeout)")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
+    add("--port", type=_between(int, 0, 65535), default=8000, help="0: any free one")
+    add("--workers", action="store_true", help="each reward in a process of its own, restarted when it dies or hangs")
+    add("--token_file", type=Path, help="file with the token; or set FLOW_ALIGN_TOKEN")
+    count, milliseconds = _between(int, 1, 2**40), _between(float, 0, 10**6)
+    megabytes = _between(float, 0.001, 2**20)
+    add("--max_body_mb", type=megabytes, default=256, help="of a request, and of its images in memory; JSON at most 64")
+    add("--max_images", type=count, default=1024, help="in one request")
+    add("--max_pixels", type=count, default=2**26, help="of one image")
+    add("--max_queue", type=count, default=64, help="requests waiting for one reward")
+    joined = "join requests up to so many images; 0: each is its own call"
+    add("--max_batch_size", type=_between(int, 0, 2**40), default=0, help=joined)
+    add("--max_wait_ms", type=milliseconds, default=5, help="how long a request waits to be joined by others")
+    add("--grace", type=_between(int, 0, 10**6), default=30, help="seconds that requests under way have to end")
+    add("--log_level", default="warning", choices=["debug", "info", "warning", "error"])
+    return parser.parse_args(argv)
+
+
+def _between(kind: Callable[[str], float], least: float, most: float) -> Callable[[str], float]:
+    """For an option: a number in that range."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not least <= value <= most:  # NaN neither
+            raise argparse.ArgumentTypeError(f"must be from {least} to {most}, found {text}")
+        return value
+
+    number.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    return number
+
+
+def _specs(args: argparse.Namespace) -> list[Any]:
+    """The entries to load; with ``--workers`` each in this Python, in a process of its own."""
+    specs: list[Any] = list(args.use)
+    if args.config:
+        specs += read_rewards(args.config)
+    if not specs:
+        raise ValueError("no reward was given: pass --use NAME, or --config with `rewards:`")
+    if args.workers:
+        specs = [{"use": spec} if isinstance(spec, str) else spec for spec in specs]
+        own = {"python": sys.executable}
+        specs = [{"environment": own, **s} if isinstance(s, Mapping) and "endpoints" not in s else s for s in specs]
+    return specs
+
+
+def _token(file: Path | None) -> str | None:
+    text = file.read_text() if file else os.environ.get("FLOW_ALIGN_TOKEN")
+    token = wire.checked_token(text, str(file or "FLOW_ALIGN_TOKEN"))
+    if file and not token:
+        raise ValueError(f"the token file {file} is empty")
+    return token
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    return listening
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Rewards that need no model: what a file weighs, how bright a picture is."""
+
+import io
+from collections.abc import Callable
+
+from PIL import Image, ImageStat
+
+from rewards.pictures import to_rgb
+
+
+def jpeg_size(quality: int = 95, prefer: str = "small") -> Callable[..., list[float]]:
+    """A reward: kilobytes (1000 bytes) of the image as a JPEG, negative with ``prefer: small``.
+
+    DDPO's (arXiv 2305.13301) compressibility with "small" and incompressibility with "large". It grows with the
+    number of pixels, so compare images of one size.
+
+    Args:
+        quality: of the JPEG, 1 to 95. prefer: "small" or "large".
+    """
+    if prefer not in ("small", "large"):
+        raise ValueError(f"jpeg_size: prefer is 'small' or 'large', found {prefer!r}")
+    if isinstance(quality, bool) or not isinstance(quality, int) or not 1 <= quality <= 95:
+        raise ValueError(f"jpeg_size: quality is a whole number from 1 to 95, found {quality!r}")
+    sign = -1.0 if prefer == "small" else 1.0
+
+    def reward(images: list[Image.Image], prompts: list[str]) -> list[float]:
+        return [sign * _jpeg_bytes(image, quality) / 1000 for image in images]
+
+    return reward
+
+
+def _jpeg_bytes(image: Image.Image, quality: int) -> int:
+    file = io.BytesIO()
+    to_rgb(image).save(file, format="JPEG", quality=quality)
+    return file.tell()
+
+
+def brightness(images: list[Image.Image], prompts: list[str]) -> list[float]:
+    """Mean luma (ITU-R 601) of each image, 0 (black) to 1 (white)."""
+    return [ImageStat.Stat(to_rgb(image).convert("L")).mean[0] / 255 for image in images]
