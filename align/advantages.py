@@ -57,15 +57,27 @@ def _centre(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return centred.masked_fill(~live, 0.0), std, live
 
 
-def combine_rewards(rewards: Tensor, weights: Tensor, num_generations: int) -> Tensor:
+def _weights(weights: Tensor | None, rewards: Tensor) -> Tensor:
+    """(N, R) weights, from None (all 1), (R,) or (N, R)."""
+    if weights is None:
+        return torch.ones_like(rewards)
+    if weights.shape not in (rewards.shape[1:], rewards.shape):
+        raise ValueError(
+            f"weights of shape {tuple(weights.shape)} for {rewards.shape[1]} rewards of {len(rewards)} images"
+        )
+    return weights.expand(rewards.shape)
+
+
+def combine_rewards(rewards: Tensor, weights: Tensor | None, num_generations: int) -> Tensor:
     """(N, R) raw rewards to (N,) weighted sums, NaN where an image cannot be compared with its group.
 
     A reward that scored no image of a group does not apply to that prompt (a word reward on a prompt without a word)
     and is left out for the whole group. A reward that scored some but not all leaves the missing images unscored.
-    Rewards of weight 0 are only measured and never make an image unscored.
+    Rewards of weight 0 are only measured and never make an image unscored. ``weights`` is (R,), or (N, R) where they
+    differ between prompts.
     """
     grouped = _grouped(rewards, num_generations)
-    weights = weights.to(grouped)
+    weights = _weights(weights, rewards).to(grouped).view(grouped.shape)
     applies = (~grouped.isnan()).any(1, keepdim=True) & (weights != 0)
     total = torch.where(applies, grouped * weights, 0.0).sum(-1)
     return total.masked_fill(~applies.any(-1), torch.nan).flatten()
@@ -84,7 +96,7 @@ def group_advantages(
 
     Args:
         rewards: (N, R) or (N,), NaN for not scored, groups of ``num_generations`` consecutive rows.
-        weights: (R,), all 1 by default.
+        weights: (R,), or (N, R) where they differ between prompts (the same within a group); all 1 by default.
         scale_rewards: divide by the sample standard deviation of the ``group`` (the report), of the whole ``batch``
             (Flow-GRPO's ``global_std``), or by nothing (``none``, Dr. GRPO).
         aggregation: ``sum_then_normalize`` takes the weighted sum of raw rewards; ``normalize_then_sum`` normalises
@@ -96,10 +108,7 @@ def group_advantages(
     """
     if rewards.dim() == 1:
         rewards = rewards[:, None]
-    if weights is None:
-        weights = torch.ones(rewards.shape[1])
-    if len(weights) != rewards.shape[1]:
-        raise ValueError(f"{len(weights)} weights for {rewards.shape[1]} rewards")
+    weights = _weights(weights, rewards)
     if scale_rewards not in ("group", "batch", "none"):
         raise ValueError(f"scale_rewards must be 'group', 'batch' or 'none', not {scale_rewards!r}")
     total = combine_rewards(rewards, weights, num_generations)
@@ -139,7 +148,6 @@ def best_worst(
     Of equal images the first. A group whose scores are all equal but for rounding, or differ by less than
     ``min_margin``, or with fewer than two scores, makes no pair.
     """
-    weights = torch.ones(rewards.shape[1]) if weights is None else weights
     total = combine_rewards(rewards, weights, num_generations)
     scores = _grouped(total, num_generations)
     live = _centre(scores)[2].any(1)
@@ -158,11 +166,11 @@ def _normalize_then_sum(rewards: Tensor, weights: Tensor, total: Tensor) -> tupl
     """(P, G) advantages and which are live: each reward normalised in its group, their weighted sum over the batch."""
     scored = ~total.isnan()
     advantages = torch.zeros_like(total)
-    for column, weight in zip(rewards.unbind(1), weights.tolist(), strict=True):
-        if weight:
+    for column, weight in zip(rewards.unbind(1), weights.unbind(1), strict=True):
+        if weight.any():
             # Only images that every reward scored are compared: each column is centred on the same rows.
             centred, std, _ = _centre(_grouped(column, total.shape[1]).masked_fill(~scored, torch.nan))
-            advantages = advantages + weight * centred / (std + EPSILON)
+            advantages = advantages + weight.to(centred).view(centred.shape) * centred / (std + EPSILON)
     live = scored & (advantages.abs().amax(1, keepdim=True) > DEAD_NORMALIZED)
     advantages = advantages.masked_fill(~live, 0.0)
     # Every column is centred in its group already, so that normalising over the batch is a division.

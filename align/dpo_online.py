@@ -116,8 +116,8 @@ class OnlineDPOTrainer(GroupTrainer):
 
     def generate(self, rows: list[dict[str, Any]], update: int) -> PairBuffer:
         args = self.args
-        result, rewards = self.sample(rows, update)
-        pairs = best_worst(rewards, args.num_generations, self.reward_weights, args.min_margin)
+        result, rewards, weights = self.sample(rows, update)
+        pairs = best_worst(rewards, args.num_generations, weights, args.min_margin)
         self.record_rewards(rewards, pairs.rewards, 1.0 - pairs.live.float().mean().item())
         # Every process knows all pairs and takes its share of them, wherever they were sampled.
         latents = self.accelerator.gather(result.latents).cpu()

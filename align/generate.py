@@ -21,16 +21,18 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from align.arguments import ModelArguments, parse, plain_errors, resolve_dataset
-from align.evaluation import check_columns, columns_of
+from align.evaluation import check_columns
 from align.flow_config import setting
 from align.launch import load_model
 from align.models.base import FlowModel
 from align.ranking import extra_columns, write_groups
 from align.rollout import ImageKey, SamplingPlan, rollout
+from align.scoring import Failure, Scoring
 from align.signals import Interrupt
 from preference_data.prompts import load_prompts
 from preference_data.writer import RankedWriter
-from rewards import Reward, RewardError, load_rewards, score
+from rewards import Reward, RewardError, load_rewards
+from rewards.weights import CategoryWeights, shown
 
 
 @dataclass
@@ -88,7 +90,7 @@ class GenerateArguments:
             *("dataset_name", "dataset_split", "num_generations", "height", "width", "num_inference_steps"),
             *("guidance_scale", "negative_prompt", "seed"),
         )
-        weights = {reward.name: reward.weight for reward in rewards}
+        weights = {r.name: shown(r.weight) if isinstance(r.weight, CategoryWeights) else r.weight for r in rewards}
         settings = {name: getattr(self, name) for name in names}
         return settings | {"model": model.model, "adapter": model.adapter, "rewards": weights}
 
@@ -103,11 +105,11 @@ class Failures:
     def __post_init__(self) -> None:
         self.failed: dict[str, int] = {}
 
-    def count(self, images: int, messages: dict[str, str]) -> None:
+    def count(self, images: int, failed: Sequence[Failure]) -> None:
         """Add one batch; raises RewardError once a reward failed on more than the allowed share of all so far."""
         self.images += images
-        for name, message in messages.items():
-            self.failed[name] = self.failed.get(name, 0) + images
+        for name, count, message in failed:
+            self.failed[name] = self.failed.get(name, 0) + count
             share = self.failed[name] / self.images
             if share > self.allowed:
                 raise RewardError(
@@ -135,9 +137,20 @@ def generate(
     together = max(1, args.rollout_batch_size // args.num_generations)
     batches = [range(i, min(i + together, len(dataset))) for i in range(0, len(dataset), together)][index::count]
     todo = [batch for batch in batches if not writer.done.issuperset(batch)]
-    written = 0
-    failures = Failures(args.max_failed_fraction)
-    with tqdm(total=sum(map(len, todo)), desc="prompts", disable=index > 0) as bar:
+    failures, written = Failures(args.max_failed_fraction), 0
+    bar = tqdm(total=sum(map(len, todo)), desc="prompts", disable=index > 0)
+
+    def write(numbers: range, images: list[Any], scoring: Scoring) -> int:
+        with scoring:
+            table, failed = scoring.local()
+        failures.count(len(images), failed)
+        there = writer.done
+        write_groups(writer, numbers, scoring.rows, images, rewards, table, args.num_generations, skip=there)
+        bar.update(len(numbers))
+        return len(set(numbers) - there)
+
+    sampled: tuple[range, list[Any], Scoring] | None = None  # and not written yet
+    with bar:
         for numbers in todo:
             if interrupt is not None and interrupt.received:
                 break
@@ -145,13 +158,14 @@ def generate(
             keys = [
                 ImageKey(args.seed, "generate", number, n) for number in numbers for n in range(args.num_generations)
             ]
-            prompts, there = [row["prompt"] for row in rows], writer.done
-            images = rollout(model, prompts, keys, args.plan()).images
-            table, messages = score(rewards, images, prompts, columns_of(rows))
-            failures.count(len(images), messages)
-            write_groups(writer, numbers, rows, images, rewards, table, args.num_generations, skip=there)
-            written += len(set(numbers) - there)
-            bar.update(len(numbers))
+            images = rollout(model, [row["prompt"] for row in rows], keys, args.plan()).images
+            if sampled is not None:
+                written += write(*sampled)
+            scoring = Scoring(rewards, rows, model.device)
+            scoring.add(slice(0, len(rows)), images)  # while the next batch is sampled
+            sampled = (numbers, images, scoring)
+        if sampled is not None:
+            written += write(*sampled)
     return written
 
 

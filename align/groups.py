@@ -2,8 +2,9 @@
 
 import json
 import logging
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
@@ -15,11 +16,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.utils import RepeatSampler
 
 from align import reports
-from align.evaluation import score_rows
 from align.group_config import GroupConfig, check_data
 from align.models.base import FlowModel
 from align.ranking import extra_columns, write_groups
 from align.rollout import ImageKey, Rollout, rollout
+from align.scoring import Scoring, weights_of
 from align.trainer import FlowTrainer
 from preference_data.writer import RankedWriter
 from rewards import load_rewards
@@ -28,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 #: In a checkpoint: the settings by which a rollout is dealt into updates.
 DEALING = "dealing.json"
-DEAD_ROLLOUTS_TO_WARN = 5
+#: Something is wrong with a reward when this many rollouts in a row teach nothing.
+ROLLOUTS_TO_WARN = 5
 
 
 def check_dropout(lora_dropout: float | None) -> None:
@@ -44,6 +46,18 @@ class EpochRepeatSampler(RepeatSampler):
 
     def set_epoch(self, epoch: int) -> None:
         self.generator.manual_seed((self.seed or 0) + epoch)
+
+
+class Sampled(NamedTuple):
+    """What :meth:`GroupTrainer.sample` returns.
+
+    rollout: of this process. rewards: (images of all processes, rewards), NaN where there is none. weights: the same
+    shape, each reward's share in the sum.
+    """
+
+    rollout: Rollout
+    rewards: Tensor
+    weights: Tensor
 
 
 class GroupTrainer(FlowTrainer):
@@ -77,7 +91,6 @@ class GroupTrainer(FlowTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         scored_by = load_rewards(rewards)
-        self.reward_weights = torch.tensor([reward.weight for reward in scored_by])
         check_data(scored_by, args, train_dataset, eval_dataset, guard_datasets or {})
         args.check_world(args.world_size)
         check_dropout(getattr(peft_config, "lora_dropout", 0))
@@ -98,7 +111,7 @@ class GroupTrainer(FlowTrainer):
         self._buffer: Any = None
         self._micro_step: int | None = None  # micro-batches taken since the start of the run
         self._writer: RankedWriter | None = None
-        self._dead_in_a_row = 0
+        self._in_a_row: Counter[str] = Counter()
 
     # -- what an algorithm says ---------------------------------------------------------------------------------------
 
@@ -149,30 +162,37 @@ class GroupTrainer(FlowTrainer):
 
     # -- a rollout and its scores -----------------------------------------------------------------------------------
 
-    def sample(self, rows: list[dict[str, Any]], update: int, shared_start: bool = False) -> tuple[Rollout, Tensor]:
+    def sample(self, rows: list[dict[str, Any]], update: int, shared_start: bool = False) -> Sampled:
         """This process's images, one for each of ``rows``, and the scores of all processes' images.
 
-        The scores are (images, rewards), NaN where there is none. ``shared_start``: a group has one initial noise.
+        ``shared_start``: a group has one initial noise.
         """
         args = self.args
-        with self.metrics.timed("rollout"):
-            result = rollout(
-                self.flow,
-                [row["prompt"] for row in rows],
-                self._image_keys(update, len(rows), shared_start),
-                args.plan(update),
-                transformer=self.model_wrapped,
-                show_progress=self.is_world_process_zero() and not args.disable_tqdm,
-            )
-        with self.metrics.timed("reward"):
-            table = score_rows(self.rewards, result.images, rows, args.max_failed_fraction)
-            local = torch.tensor(table, dtype=torch.float32, device=self.accelerator.device).T.contiguous()
-            rewards = self.accelerator.gather(local).cpu()
+        with Scoring(self.rewards, rows, self.accelerator.device) as scoring:
+            with self.metrics.timed("rollout"):
+                result = rollout(
+                    self.flow,
+                    [row["prompt"] for row in rows],
+                    self._image_keys(update, len(rows), shared_start),
+                    args.plan(update),
+                    transformer=self.model_wrapped,
+                    show_progress=self.is_world_process_zero() and not args.disable_tqdm,
+                    on_images=scoring.add,
+                )
+            with self.metrics.timed("reward"):  # what is not hidden behind the sampling
+                table = scoring.table(args.max_failed_fraction)
+        self.metrics.record(seconds_scoring=scoring.seconds)
+        rewards = self._gather(torch.tensor(table, dtype=torch.float32).T)
+        weights = self._gather(weights_of(self.rewards, rows))
         self.metrics.forward_equivalents += result.forwards
         if args.save_rollouts:
             first = args.process_index * len(rows)
             self._save_rollout(rows, result, rewards[first : first + len(rows)], update)
-        return result, rewards
+        return Sampled(result, rewards, weights)
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """(images, rewards) of all processes, from this one's."""
+        return self.accelerator.gather(values.contiguous().to(self.accelerator.device)).cpu()
 
     def _image_keys(self, update: int, images: int, shared_start: bool) -> list[ImageKey]:
         """Keys of this process's images by their place in the whole rollout, whatever the number of processes."""
@@ -214,14 +234,24 @@ class GroupTrainer(FlowTrainer):
             values[f"rewards/{reward.name}/mean"] = column.nanmean()
             values[f"rewards/{reward.name}/std"] = _nanstd(column[None])[0]
             values[f"rewards/{reward.name}/unscored"] = column.isnan().float().mean()
+            cut = getattr(reward.function, "truncated", None)  # prompts longer than it reads, so far
+            if cut:
+                values[f"rewards/{reward.name}/truncated"] = torch.tensor(float(cut))
         self.metrics.record(dead_groups=dead_groups, **{name: value.item() for name, value in values.items()})
         self.metrics.count_images(len(rewards))
-        self._dead_in_a_row = self._dead_in_a_row + 1 if dead_groups == 1.0 else 0
-        if self._dead_in_a_row and self._dead_in_a_row % DEAD_ROLLOUTS_TO_WARN == 0:
-            logger.warning(
-                "the last %d rollouts had nothing to learn from: every group's images scored the same, or not at all",
-                self._dead_in_a_row,
-            )
+        self._warn_when_often(
+            dead_groups == 1.0, "had nothing to learn from: every group's images scored the same, or not at all"
+        )
+        for column, reward in zip(rewards.unbind(1), self.rewards, strict=True):
+            known = column[~column.isnan()]
+            self._warn_when_often(not len(known), f"got no score from reward {reward.name!r} for any image")
+            same = len(known) > 1 and bool((known == known[0]).all())
+            self._warn_when_often(same, f"got one and the same score from reward {reward.name!r} for every image")
+
+    def _warn_when_often(self, happened: bool, what: str) -> None:
+        self._in_a_row[what] = self._in_a_row[what] + 1 if happened else 0
+        if happened and self._in_a_row[what] % ROLLOUTS_TO_WARN == 0 and self.is_world_process_zero():
+            logger.warning("the last %d rollouts %s", self._in_a_row[what], what)
 
     def no_loss(self) -> Tensor:
         """0, with a gradient of 0 for everything that is trained."""
@@ -230,7 +260,8 @@ class GroupTrainer(FlowTrainer):
     # -- the run ----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        self._micro_step, self._buffer, self._dead_in_a_row = None, None, 0
+        self._micro_step, self._buffer = None, None
+        self._in_a_row.clear()
         if resume_from_checkpoint:
             folder = (
                 get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint

@@ -72,11 +72,11 @@ class GRPOTrainer(GroupTrainer):
 
     def generate(self, rows: list[dict[str, Any]], update: int) -> TransitionBuffer:
         args = self.args
-        result, rewards = self.sample(rows, update, args.shared_initial_noise)
+        result, rewards, weights = self.sample(rows, update, args.shared_initial_noise)
         group = group_advantages(
             rewards,
             args.num_generations,
-            self.reward_weights,
+            weights,
             scale_rewards=args.scale_rewards,
             aggregation=args.multi_objective_aggregation,
             clip=args.advantage_clip,

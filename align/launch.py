@@ -42,6 +42,9 @@ def train_and_finish(
         table = trainer.finish(base_model, data, settings)
     except trainer.stops as error:
         raise SystemExit(f"stopped at update {trainer.state.global_step}: {error}") from error
+    finally:
+        for reward in trainer.rewards:
+            reward.close()
     if trainer.is_world_process_zero():
         print(f"\n{table}\n\n{trainer.state.global_step} updates in {time.perf_counter() - started:.0f} s; look at:")
         for path in sorted(p for p in Path(args.output_dir).iterdir() if p.suffix in (".png", ".md")):

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 
 from align.advantages import combine_rewards
+from align.scoring import weights_of
 from preference_data.writer import RankedWriter
 from rewards import Reward
 
@@ -32,7 +33,7 @@ def write_groups(
     numbers: the index of each group. rows, images: one for each image. table: scores of each reward, NaN for none.
     extra: further columns, the same for all groups. skip: indices that are not written.
     """
-    weighted = weighted_scores(table, rewards, num_generations)
+    weighted = weighted_scores(table, rewards, rows, num_generations)
     for place, number in enumerate(numbers):
         if number in skip:
             continue
@@ -48,12 +49,12 @@ def write_groups(
         )
 
 
-def weighted_scores(table: list[list[float]], rewards: Sequence[Reward], num_generations: int) -> list[float]:
+def weighted_scores(
+    table: list[list[float]], rewards: Sequence[Reward], rows: Sequence[dict[str, Any]], num_generations: int
+) -> list[float]:
     """The weighted sum of each image's scores, as in training; NaN where a part of it is missing."""
     scores = torch.tensor(table, dtype=torch.float64).T
-    return combine_rewards(
-        scores, torch.tensor([r.weight for r in rewards], dtype=scores.dtype), num_generations
-    ).tolist()
+    return combine_rewards(scores, weights_of(rewards, rows), num_generations).tolist()
 
 
 def _known(scores: Sequence[float]) -> list[float | None]:

@@ -131,6 +131,7 @@ def rollout(
     transformer: nn.Module | None = None,
     initial_latents: Tensor | None = None,
     show_progress: bool = False,
+    on_images: Callable[[slice, list[Image.Image]], None] | None = None,
 ) -> Rollout:
     """Sample one image for each prompt and key.
 
@@ -139,6 +140,7 @@ def rollout(
         transformer: the launcher's wrapper to run, ``model.transformer`` by default.
         initial_latents: (N, tokens, channels) to start from, instead of noise drawn from the keys.
         show_progress: a progress bar over the denoising steps.
+        on_images: called with every chunk's place among the N and its images, before the next chunk is sampled.
     """
     sigmas = model.sigmas(plan.num_inference_steps, plan.height, plan.width).to(model.device)
     conditions = model.encode_prompts(prompts)
@@ -160,7 +162,10 @@ def rollout(
             )
             latents.append(final)
             records.append(transitions)
-            images += model.decode_latents(final, plan.height, plan.width)
+            decoded = model.decode_latents(final, plan.height, plan.width)
+            images += decoded
+            if on_images is not None:
+                on_images(rows, decoded)
     return Rollout(
         latents=torch.cat(latents),
         images=images,

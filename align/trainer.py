@@ -23,6 +23,7 @@ from align.flow_config import FlowConfig
 from align.metrics import RunMetrics
 from align.models.base import FlowModel
 from rewards import Reward, RewardError
+from rewards.weights import shown
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +244,7 @@ class FlowTrainer(Trainer):
                 base_model=base_model,
                 lora=self.flow.adapter,
                 data=data,
-                rewards=[f"{reward.name} (weight {reward.weight:g})" for reward in self.rewards],
+                rewards=[f"{reward.name} (weight {shown(reward.weight)})" for reward in self.rewards],
                 settings=settings if settings is not None else reports.changed_settings(self.args),
             )
         self.accelerator.wait_for_everyone()

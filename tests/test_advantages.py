@@ -375,3 +375,34 @@ def test_pairs_made_online_are_those_that_are_made_of_a_ranked_data_set():
         ours = [(pairs.best[group].item() - 4 * group, pairs.worst[group].item() - 4 * group)]
         assert made == (ours if pairs.live[group] else [])
     assert 0.3 < pairs.live.float().mean() < 0.9
+
+
+# --- Weights that differ between prompts ---
+
+
+def test_weights_of_each_image_are_the_groups_on_their_own():
+    rewards = torch.rand(12, 2, generator=torch.Generator().manual_seed(0))
+    rewards[5, 0] = torch.nan
+    per_group = torch.tensor([[1.0, 0.5], [0.0, 2.0], [3.0, 0.0]])
+    together = group_advantages(rewards, 4, per_group.repeat_interleave(4, 0))
+    alone = [group_advantages(part, 4, w) for part, w in zip(rewards.split(4), per_group, strict=True)]
+    assert torch.equal(together.advantages, torch.cat([a.advantages for a in alone]))
+    assert torch.equal(
+        together.rewards, torch.cat([a.rewards for a in alone])
+    )  # row 5 counts: its reward weighs 0 there
+    assert together.live.all()
+
+
+def test_a_reward_that_weighs_nothing_in_a_group_is_not_compared_there():
+    rewards = torch.tensor([[1.0, 9.0], [0.0, -9.0], [1.0, 5.0], [1.0, 6.0]])
+    weights = torch.tensor([[1.0, 0.0]] * 2 + [[0.0, 1.0]] * 2)
+    for aggregation in ("sum_then_normalize", "normalize_then_sum"):
+        result = group_advantages(rewards, 2, weights, aggregation=aggregation)
+        assert [a > 0 for a in result.advantages.tolist()] == [True, False, False, True]
+    assert combine_rewards(rewards, weights, 2).tolist() == [1.0, 0.0, 5.0, 6.0]
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 3), (2, 2)])
+def test_weights_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"weights of shape .* for 2 rewards of 4 images"):
+        group_advantages(torch.rand(4, 2), 2, torch.ones(shape))

@@ -429,7 +429,10 @@ def test_a_mistake_is_answered_before_a_model_is_loaded(folder, overrides, fragm
     [
         ("num_generation: 4", ["unknown key 'num_generation'", "Did you mean 'num_generations'?"]),
         ("rewards: [{use: shapes_exact, wieght: 1}]", ["unknown key 'wieght'", "Did you mean 'weight'?"]),
-        ("rewards: [{use: shapes_preference}]", ["'shapes_preference' is a factory: give it `args`"]),
+        (
+            "rewards: [{use: shapes_preference}]",
+            ["'shapes_preference' do not fit: missing a required argument: 'attribute'"],
+        ),
         ("rewards: [{use: shapes_exact, weight: .inf}]", ["'shapes_exact' must be a finite number"]),
         ("rewards: [null]", ["None is NoneType"]),
         ("rewards: shapes_exakt", ["unknown reward 'shapes_exakt'", "Did you mean 'shapes_exact'?"]),

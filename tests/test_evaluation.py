@@ -16,7 +16,8 @@ def rewards(*weights: float) -> list[Reward]:
 
 
 def metrics(table: list[list[float]], *weights: float, samples: int = 1) -> dict[str, float]:
-    return _metrics(_per_prompt(torch.tensor(table, dtype=torch.float64), rewards(*weights), samples), "eval")
+    scores, shares = torch.tensor(table, dtype=torch.float64), torch.tensor([weights] * len(table))
+    return _metrics(_per_prompt(scores, rewards(*weights), samples, shares), "eval")
 
 
 def test_mean_and_standard_error_are_over_prompts():

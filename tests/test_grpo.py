@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 from align.grpo import ConsistencyError, GRPOConfig, GRPOTrainer
 from align.models.qwen_image import QwenImage
 from preference_data.readers import read_preferences
-from rewards import RewardError
+from rewards import RewardError, load_rewards
+from rewards.weights import parse_weight
 
 PROMPTS = Dataset.from_dict(
     {"prompt": ["a circle", "two squares", "red objects", "a blue cross", "three triangles", "green circles"]}
@@ -386,7 +388,7 @@ def test_a_reward_that_raises_stops_the_run_with_a_checkpoint_that_resumes(tmp_p
     run = trainer(tmp_path / "failing", rewards=[FailsAfter(2)], max_steps=4, ema_decay=0.5)
     with pytest.raises(
         RewardError,
-        match=r"'FailsAfter' failed for 100% .* ConnectionError: the scorer went away \(max_failed_fraction=0.1\)",
+        match=r"'FailsAfter' failed for .* of .* images:.* ConnectionError: the scorer went away \(max_failed_fraction=0.1\)",
     ):
         run.train()
     assert run.state.global_step == 2
@@ -409,6 +411,36 @@ def test_a_failure_among_several_rewards_leaves_the_images_unscored_as_a_whole(t
     run = trainer(tmp_path, rewards=[FailsAfter(1), brightness], max_failed_fraction=1.0)
     run.train()
     assert history(run, "dead_groups") == [0.0, 1.0]
+
+
+def test_a_reward_that_says_nothing_for_several_rollouts_raises_an_alarm(tmp_path, caplog):
+    def always(images, prompts):
+        return [0.0] * len(images)
+
+    def never(images, prompts):
+        return [None] * len(images)
+
+    rewards = load_rewards([brightness, always, never])
+    rewards = [rewards[0], *(replace(reward, weight=0.0) for reward in rewards[1:])]
+    trainer(tmp_path, rewards=rewards, max_steps=6, sde_window_size=1, per_device_train_batch_size=8).train()
+    said = [r.getMessage() for r in caplog.records if r.name == "align.groups"]
+    assert said == [
+        "the last 5 rollouts got one and the same score from reward 'always' for every image",
+        "the last 5 rollouts got no score from reward 'never' for any image",
+    ]
+
+
+def test_weights_that_go_by_a_column_reach_the_advantages(tmp_path):
+    """The reward weighs nothing for one of the two prompts of every rollout: that group is dead, the other is not."""
+    data = PROMPTS.select(range(2)).map(lambda row, n: {"kind": ["one", "other"][n]}, with_indices=True)
+    (reward,) = load_rewards([brightness])
+    weight = parse_weight("brightness", {"by": "kind", "one": 1.0, "other": 0.0})
+    run = trainer(tmp_path / "a", rewards=[replace(reward, weight=weight)], data=data)
+    run.train()
+    assert history(run, "dead_groups") == [0.5, 0.5]
+    weight = parse_weight("brightness", {"by": "kind", "one": 1.0})
+    with pytest.raises(ValueError, match=r"reward 'score', row 1 of the data: kind 'other' has no weight"):
+        trainer(tmp_path / "b", rewards=[replace(reward, weight=weight)], data=data)
 
 
 @pytest.mark.parametrize(

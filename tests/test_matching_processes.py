@@ -190,7 +190,8 @@ def test_a_signal_keeps_the_rows_and_the_same_command_goes_on(both, tmp_path):
     _, words = chain(both, "undisturbed", 16)[0]
     command = [sys.executable, ROOT / "align/generate.py", *words, "--output_dir", "cut", "--prompts_per_file", "3"]
     command += ["--rewards", "./gated.py:score"]
-    for number, left in ((signal.SIGTERM, 8), (signal.SIGINT, 4)):  # in the second batch of two prompts
+    left = 12
+    for number in (signal.SIGTERM, signal.SIGINT):  # while the second batch of two prompts is scored
         for name in ("waiting", "go"):
             (tmp_path / name).unlink(missing_ok=True)
         process = start(tmp_path, *command)
@@ -200,9 +201,12 @@ def test_a_signal_keeps_the_rows_and_the_same_command_goes_on(both, tmp_path):
         (tmp_path / "go").touch()
         output = finish(process)
         assert f"{number.name}: finishing this batch, then writing what there is." in output
-        assert f"interrupted; go on with the same command: {left} prompts are left" in output
+        before = left
+        said = re.search(r"interrupted; go on with the same command: (\d+) prompts are left", output)
+        left = int(said[1]) if said else 0
+        assert before - left in (4, 6)  # the next batch may have been begun meanwhile, and is then finished
         assert len(rows_of(tmp_path / "cut/train")) == 12 - left  # of which the last ones fill no file
     output = run(tmp_path, *command)
-    assert "4 prompts x 4 images in" in output and "8 prompts were there already" in output
+    assert f"{left} prompts x 4 images in" in output and f"{12 - left} prompts were there already" in output
     assert "interrupted" not in output
     assert rows_of(tmp_path / "cut/train") == rows_of(both / "one/pairs/train")
