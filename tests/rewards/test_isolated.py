@@ -171,12 +171,14 @@ def test_a_worker_killed_or_stopped_from_outside_in_a_call_is_replaced(number):
     reward.close()
 
 
-def test_a_worker_killed_between_calls_is_noticed_and_revived(told):
+def test_a_worker_killed_between_calls_is_noticed_and_revived(told, monkeypatch):
     expected = scores(told)
     assert told.function.problem() is None
     process_of(told).kill()
     process_of(told).wait()
     assert "killed by signal 9" in told.function.problem()
+    monkeypatch.setattr("rewards.isolated.BACKOFF_SECONDS", (0.01, 0.02))
+    told.function._lost_in_a_row = 5000  # of a night of failures
     told.function.revive()
     assert told.function.problem() is None and scores(told) == expected
 
@@ -244,17 +246,18 @@ def test_all_tries_together_have_an_end(monkeypatch):
 # --- The end ---
 
 
-def test_closing_while_the_worker_is_started_again_ends_the_call():
+@pytest.mark.parametrize("killed", [True, False])
+def test_closing_while_the_worker_is_started_again_ends_the_call(killed):
     reward = isolated("Making", args={"scale": 2, "load_seconds": 1.0})
     process_of(reward).kill(), process_of(reward).wait()
 
     async def close_during_a_start():
         call = asyncio.create_task(reward.function(IMAGES, ["p"] * 4, target=[1] * 4))
         await asyncio.sleep(0.5)
-        reward.close()
+        reward.close() if killed else reward.function._closed.set()  # `close` waits a moment before it kills
         return await call
 
-    with pytest.raises(RewardUnavailable, match="closed"):
+    with pytest.raises(RewardUnavailable, match="'Making' was closed"):
         asyncio.run(close_during_a_start())
     assert gone(process_of(reward).pid)
 
