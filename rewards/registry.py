@@ -154,11 +154,7 @@ def _load(spec: Spec) -> Reward:
     if not isinstance(spec.get("use"), str):
         raise ValueError(f"reward entry {dict(spec)} needs `use`: a built-in name, module:attr or file.py:attr")
     use = spec["use"]
-    for key, kind, what in (
-        ("args", Mapping, "a mapping"),
-        ("environment", Mapping, "a mapping"),
-        ("name", str, "text"),
-    ):
+    for key, kind, what in (("args", Mapping, "a mapping"), ("name", str, "text")):
         if spec.get(key) is not None and not isinstance(spec[key], kind):
             raise ValueError(f"`{key}` of reward {use!r} must be {what}, found {spec[key]!r}")
     share = parse_weight(use, spec.get("weight", 1.0))
@@ -170,8 +166,10 @@ def _load(spec: Spec) -> Reward:
     if use in BUILTINS and (spec.get("args") or {}).get("backend") == "package":
         from rewards.packages import package_spec
 
-        made = package_spec(use, spec["args"])
-        spec = {**spec, **made, "environment": made["environment"] | dict(spec.get("environment") or {})}
+        made, own = package_spec(use, spec["args"]), spec.get("environment") or {}
+        if not isinstance(own, Mapping):
+            raise ValueError(f"the environment of reward {use!r} must be a mapping, found {own!r}")
+        spec = {**spec, **made, "environment": made["environment"] | dict(own)}
     if "endpoints" in spec or "environment" in spec:
         return _elsewhere(name, spec, share)
     reward = _reward(name, _make(use, spec.get("args")), share)

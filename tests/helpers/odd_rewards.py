@@ -44,6 +44,13 @@ def told(images, prompts, factor=None):
     return [sum(image.tobytes()[:3000]) / 7 * by for image, by in zip(images, factors, strict=True)]
 
 
+def careful(images, prompts, factor=None):
+    """Raises wherever in a call, alone or joined with others, a prompt tells it to."""
+    if "raise" in prompts:
+        raise ValueError("no such file: weights.bin")
+    return told(images, prompts, factor)
+
+
 ODD = {
     "nothing": lambda images: [None, float("nan"), float("inf"), *[0.1] * (len(images) - 3)],
     "short": lambda images: [1.0] * (len(images) - 1),

@@ -275,14 +275,14 @@ def test_what_images_unpack_to_is_held_in_bounds_until_they_are_scored():
 
 
 def test_joined_requests_get_their_own_scores_and_their_own_failures():
-    service = Service("--use", f"{ODD}:told", "--max_batch_size", "4", "--max_wait_ms", "300")
-    (here,) = load_rewards([f"{ODD}:told"])
+    service = Service("--use", f"{ODD}:careful", "--max_batch_size", "4", "--max_wait_ms", "300")
+    (here,) = load_rewards([f"{ODD}:careful"])
     factors = [[0.5], [0.25, 2.0], [3.0], [1.0]]
     prompts = [["a"], ["b", "c"], ["d"], ["raise"]]
 
     def ask(n):
         body = frame(prompts[n], {"factor": factors[n]})
-        return httpx.post(f"{service.url}/score/told", content=body, timeout=30).json()
+        return httpx.post(f"{service.url}/score/careful", content=body, timeout=30).json()
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         answers = list(pool.map(ask, range(4)))
@@ -293,7 +293,7 @@ def test_joined_requests_get_their_own_scores_and_their_own_failures():
             "scores": score([here], [IMAGE] * len(prompts[n]), prompts[n], {"factor": factors[n]})[0][0]
         }
     assert answers[3]["error"] == "ValueError: no such file: weights.bin"
-    assert 'flow_align_reward_images_total{reward="told"} 4.0' in metrics
+    assert 'flow_align_reward_images_total{reward="careful"} 4.0' in metrics
 
 
 # --- Workers ---
