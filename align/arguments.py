@@ -17,7 +17,7 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 from trl import TrlParser
 
-from align.models.loading import check_resolution, nearest, resolve_folder
+from align.models.loading import check_resolution, describe_transformer, digest_adapter, nearest, resolve_folder
 from align.tiny import IMAGES, PROMPTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -78,6 +78,16 @@ class ModelArguments:
     def check(self, height: int, width: int) -> None:
         """Everything that can be known wrong before weights are read."""
         check_resolution(resolve_folder(self.model), height, width)
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """What is known of :meth:`align.models.base.FlowModel.identity` before a weight is read."""
+        trained: dict[str, Any] = {"tuning": "LoRA" if self.use_peft else "full"}
+        config = self.peft_config()
+        if config is not None:
+            trained |= {"lora_r": config.r, "lora_alpha": config.lora_alpha}
+        if self.use_peft:
+            trained["adapter"] = None if self.adapter is None else digest_adapter(self.adapter)
+        return {"model": describe_transformer(self.model, resolve_folder(self.model)), "trained": trained}
 
     def peft_config(self) -> LoraConfig | None:
         if not self.use_peft or self.adapter is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,20 @@ class EMACallback(TrainerCallback):
             self.average.restore(self._parameters())
 
 
+def bound_waiting(seconds: float) -> None:
+    """A process that waits longer for another one ends with an error: in every process group that there is now.
+
+    DeepSpeed makes groups of its own, which the time-out given to the launcher does not reach.
+    """
+    from torch.distributed import distributed_c10d
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
 class InterruptCallback(TrainerCallback):
-    """SIGINT (Ctrl-C) and SIGTERM: finish the update, write a checkpoint, stop. A second SIGINT stops at once."""
+    """SIGINT (Ctrl-C), SIGTERM, SIGUSR1: finish the update, write a checkpoint, stop. A second SIGINT stops at once."""
 
     def __init__(self) -> None:
         self.signals = Interrupt("finishing this update, then writing a checkpoint.")
@@ -93,6 +106,7 @@ class InterruptCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stopped = False
         self.signals.catch()
+        bound_waiting(args.ddp_timeout)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         asked = torch.tensor(float(self.signals.received is not None), device=args.device)

@@ -1,14 +1,17 @@
 """Settings that every algorithm here shares, over transformers' own: what a run keeps, and how it shows samples."""
 
+import logging
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
+from align import checkpoints
 from align.rollout import SamplingPlan
+
+logger = logging.getLogger(__name__)
 
 #: What a finished run leaves, besides a full fine-tune's folder and the pictures.
 FINISHED = ("pytorch_lora_weights.safetensors", "trainer_state.json")
@@ -106,28 +109,38 @@ class FlowConfig(TrainingArguments):
     def clear_earlier_run(self) -> None:
         """Remove what an earlier run left in output_dir, which would pass for this run's."""
         folder = Path(self.output_dir)
-        for earlier in [*folder.glob("checkpoint-*"), folder / "samples", folder / "rollouts", folder / "transformer"]:
+        for earlier in [*checkpoints.checkpoints(folder), folder / checkpoints.UNFINISHED]:
+            shutil.rmtree(earlier, ignore_errors=True)
+        for earlier in (folder / "samples", folder / "rollouts", folder / "transformer"):
             shutil.rmtree(earlier, ignore_errors=True)
         for name in (*FINISHED, "before_after.png", "reward_curve.png", "README.md"):
             (folder / name).unlink(missing_ok=True)
 
-    def checkpoint_to_resume(self) -> str | None:
-        """The folder that ``resume_from_checkpoint`` means (``true``: the last in output_dir), if any.
+    def dealing(self) -> dict[str, Any]:
+        """What decides what an update is made of: the same when a run is resumed, or it is another run."""
+        return {}
 
-        Raises FileNotFoundError when there is none, FileExistsError when an earlier run would be overwritten.
+    def checkpoint_to_resume(self) -> str | None:
+        """The folder that ``resume_from_checkpoint`` means (``true``: the last whole one in output_dir), if any.
+
+        ``true`` without any checkpoint starts afresh: so does a run that is started again after it died early.
+
+        Raises as :func:`align.checkpoints.find`, and FileExistsError when an earlier run would be overwritten.
         """
-        last = get_last_checkpoint(self.output_dir) if Path(self.output_dir).is_dir() else None
         wanted = self.resume_from_checkpoint
-        if wanted is None or str(wanted).lower() == "false":
-            left = [Path(last).name] if last else [n for n in FINISHED if (Path(self.output_dir) / n).exists()]
-            if left and not self.overwrite_output_dir:
-                go_on = "--resume_from_checkpoint true to go on from it, " if last else ""
-                raise FileExistsError(
-                    f"{self.output_dir} holds {left[0]} of an earlier run: pass {go_on}--overwrite_output_dir true to "
-                    "start afresh, or another --output_dir"
-                )
-            return None
-        folder = last if str(wanted).lower() == "true" else str(wanted)
-        if folder is None or not Path(folder).is_dir():
-            raise FileNotFoundError(f"no checkpoint to resume from: {self.output_dir if folder is None else folder}")
-        return folder
+        resume = wanted is not None and str(wanted).lower() != "false"
+        if resume:
+            folder = checkpoints.find(str(self.output_dir), str(wanted), say=self.process_index == 0)
+            if folder is not None:
+                return str(folder)
+        there = checkpoints.checkpoints(str(self.output_dir))
+        left = [there[0].name] if there else [n for n in FINISHED if (Path(str(self.output_dir)) / n).exists()]
+        if left and not self.overwrite_output_dir:
+            go_on = "--resume_from_checkpoint true to go on from it, " if there else ""
+            raise FileExistsError(
+                f"{self.output_dir} holds {left[0]} of an earlier run: pass {go_on}--overwrite_output_dir true to "
+                "start afresh, or another --output_dir"
+            )
+        if resume and self.process_index == 0:
+            logger.warning("%s holds no checkpoint to resume from yet: starting afresh", self.output_dir)
+        return None

@@ -1,9 +1,6 @@
 """Settings of the algorithms that learn from groups of their own samples: GRPO and online DPO."""
 
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 
@@ -76,22 +73,6 @@ class GroupConfig(FlowConfig):
                 f"save_rollouts needs whole groups on each process: {images} images are no multiple of num_generations "
                 f"{self.num_generations}"
             )
-
-    def dealing(self) -> dict[str, Any]:
-        """What decides what an update is made of: the same when a run is resumed, or it is another run."""
-        raise NotImplementedError
-
-    def check_dealing(self, file: Path) -> None:
-        """Raise ValueError naming the first setting that differs from that of the checkpoint to resume."""
-        if not file.is_file():
-            raise FileNotFoundError(f"{file.parent} is no checkpoint of rollouts to go on from: it has no {file.name}")
-        now = self.dealing()
-        for name, then in json.loads(file.read_text()).items():
-            if name in now and now[name] != then:
-                raise ValueError(
-                    f"{name} is {now[name]!r} and was {then!r} when {file.parent} was written: resume with the same, or "
-                    "start a new run from its LoRA with --adapter"
-                )
 
 
 def check_data(

@@ -1,6 +1,5 @@
 """What GRPO and online DPO share: prompts in groups, a rollout and its scores, and going on in the middle of one."""
 
-import json
 import logging
 from collections import Counter
 from pathlib import Path
@@ -12,7 +11,6 @@ from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.utils import RepeatSampler
 
 from align import reports
@@ -27,8 +25,6 @@ from rewards import load_rewards
 
 logger = logging.getLogger(__name__)
 
-#: In a checkpoint: the settings by which a rollout is dealt into updates.
-DEALING = "dealing.json"
 #: Something is wrong with a reward when this many rollouts in a row teach nothing.
 ROLLOUTS_TO_WARN = 5
 
@@ -262,18 +258,9 @@ class GroupTrainer(FlowTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         self._micro_step, self._buffer = None, None
         self._in_a_row.clear()
-        if resume_from_checkpoint:
-            folder = (
-                get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-            )
-            self.args.check_dealing(Path(folder) / DEALING)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            (folder / DEALING).write_text(json.dumps(self.args.dealing()))
+    def save_progress(self, folder: Path) -> None:
         taken = self.state.global_step * self.args.gradient_accumulation_steps
         if self._buffer is not None and taken % self.args.micro_batches_per_rollout(self.args.world_size):
             self.save_buffer(folder)

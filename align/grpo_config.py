@@ -125,7 +125,7 @@ class GRPOConfig(GroupConfig):
             *("guidance_scale", "negative_prompt", "noise_level", "sde_type", "sde_window_size", "sde_window_range"),
             *("shared_initial_noise", "log_prob_reduction"),
         )
-        return {"algorithm": "GRPO"} | {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names}
 
     # -- how a rollout becomes optimizer updates --------------------------------------------------------------------
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from align import reports
 from align.arguments import DTYPES, ModelArguments, check_launch, parse, plain_errors
+from align.checkpoints import CheckpointError, check_identity
+from align.flow_config import FlowConfig
 from align.group_config import check_data
 from align.groups import check_dropout
 from align.models.loading import latent_cell, resolve_folder
@@ -24,11 +26,22 @@ def load_model(arguments: ModelArguments) -> Any:
     return model
 
 
+def find_checkpoint(trainer_type: type[FlowTrainer], model_args: ModelArguments, args: FlowConfig) -> str | None:
+    """The checkpoint to go on from, if any; raises ValueError when it is of another run, as far as that shows yet."""
+    folder = args.checkpoint_to_resume()
+    if folder is not None:
+        algorithm = {"algorithm": trainer_type.algorithm}
+        run = {"algorithm": algorithm, **model_args.identity(), "dealing": args.dealing()}
+        check_identity(Path(folder), run)
+    return folder
+
+
 def train_and_finish(
     trainer: FlowTrainer, checkpoint: str | None, base_model: str, data: str, settings: dict[str, Any]
 ) -> None:
     """Train, export, and print what changed and where to look; a signal or a failing reward ends it resumably."""
     args = trainer.args
+    stops: tuple[type[Exception], ...] = (*trainer.stops, CheckpointError)
     if checkpoint is None and args.should_save:
         args.clear_earlier_run()
     started = time.perf_counter()
@@ -40,7 +53,7 @@ def train_and_finish(
                 print(f"interrupted; go on with: --resume_from_checkpoint {last}")
             return
         table = trainer.finish(base_model, data, settings)
-    except trainer.stops as error:
+    except stops as error:
         raise SystemExit(f"stopped at update {trainer.state.global_step}: {error}") from error
     finally:
         for reward in trainer.rewards:
@@ -51,7 +64,7 @@ def train_and_finish(
             print(f"  {path}")
 
 
-def run_on_images(data_type: type, config_type: type, trainer_type: type, argv: list[str] | None) -> None:
+def run_on_images(data_type: type, config_type: type, trainer_type: type[Any], argv: list[str] | None) -> None:
     """``main`` of a trainer on images; everything that can be known wrong is said before the model is loaded."""
     with plain_errors():
         data, model_args, args = parse((data_type, ModelArguments, config_type), argv)
@@ -62,7 +75,7 @@ def run_on_images(data_type: type, config_type: type, trainer_type: type, argv: 
         model_args.check(args.height, args.width)
         cell = latent_cell(resolve_folder(model_args.model))
         make_buckets(args.bucket_resolution(cell), cell, args.max_aspect_ratio)
-        checkpoint = args.checkpoint_to_resume()
+        checkpoint = find_checkpoint(trainer_type, model_args, args)
     with plain_errors():
         model = load_model(model_args)
         trainer = trainer_type(
@@ -80,7 +93,7 @@ def run_on_images(data_type: type, config_type: type, trainer_type: type, argv: 
     train_and_finish(trainer, checkpoint, model_args.model, data.dataset_name, settings)
 
 
-def run_on_groups(data_type: type, config_type: type, trainer_type: type, argv: list[str] | None) -> None:
+def run_on_groups(data_type: type, config_type: type, trainer_type: type[Any], argv: list[str] | None) -> None:
     """``main`` of a trainer on its own samples; everything that can be known wrong is said before the model is loaded."""
     with plain_errors():
         data, model_args, args = parse((data_type, ModelArguments, config_type), argv)
@@ -91,7 +104,7 @@ def run_on_groups(data_type: type, config_type: type, trainer_type: type, argv: 
         args.check_world(args.world_size)
         model_args.check(args.height, args.width)
         check_dropout(model_args.lora_dropout)
-        checkpoint = args.checkpoint_to_resume()
+        checkpoint = find_checkpoint(trainer_type, model_args, args)
     with plain_errors():
         model = load_model(model_args)
         trainer = trainer_type(model, rewards, args, train, held_out, guards, peft_config=model_args.peft_config())

@@ -1,5 +1,7 @@
 """What a run counts between two log lines, over all processes."""
 
+import resource
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,10 +10,19 @@ import torch
 from accelerate.utils import gather_object
 
 
+def memory_peak_gib() -> float:
+    """The most memory this process has held so far: of its GPU if it has one, else its resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
 class RunMetrics:
     """Values, seconds and transformer forwards of this process; :meth:`drain` brings the processes together.
 
     ``forward_equivalents`` is cumulative: a forward of one image counts 1, a backward 2, a recomputed forward 1.
+    ``memory_peak_gib`` is the largest of any process since its start.
     """
 
     def __init__(self, phases: Sequence[str]) -> None:
@@ -43,15 +54,16 @@ class RunMetrics:
 
     def drain(self) -> dict[str, float]:
         """Everything since the last call; to be called on every process."""
-        gathered = gather_object([(self._values, self.forward_equivalents)])
+        gathered = gather_object([(self._values, self.forward_equivalents, memory_peak_gib())])
         logs: dict[str, float] = {}
-        for name in dict.fromkeys(name for values, _ in gathered for name in values):
-            values = torch.tensor([v for part, _ in gathered for v in part.get(name, [])])
+        for name in dict.fromkeys(name for values, *_ in gathered for name in values):
+            values = torch.tensor([v for part, *_ in gathered for v in part.get(name, [])])
             reduced = {"ratio_min": values.min, "ratio_max": values.max}.get(name, values.nanmean)()
             logs[name] = reduced.item()
         if self._images:
             logs["images_per_second"] = self._images / max(sum(self.seconds.values()), 1e-9)
         logs |= {f"seconds_{phase}": spent for phase, spent in self.seconds.items()}
-        logs["forward_equivalents"] = sum(count for _, count in gathered)
+        logs["forward_equivalents"] = sum(count for _, count, _ in gathered)
+        logs["memory_peak_gib"] = max(peak for *_, peak in gathered)
         self._reset()
         return logs

@@ -13,8 +13,12 @@ logger = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
+#: SIGUSR1 is what schedulers send some time before they end a job (Slurm: ``--signal=USR1@300``).
+NOTED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
 class Interrupt:
-    """SIGINT (Ctrl-C) and SIGTERM are noted in :attr:`received`, for whoever looks there; a second SIGINT stops at once.
+    """The signals in NOTED are noted in :attr:`received`, for whoever looks there; a second SIGINT stops at once.
 
     Use it in ``with``, or :meth:`catch` the signals and :meth:`restore` them.
 
@@ -37,11 +41,11 @@ class Interrupt:
     def catch(self) -> None:
         """From here on signals are noted."""
         self.received = None
-        if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-            # `accelerate launch` passes no signal on: ask the kernel for a SIGTERM when it dies.
+        if sys.platform == "linux" and os.environ.keys() & {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}:
+            # `accelerate launch` passes no signal on, torchrun not all: ask the kernel for a SIGTERM when it dies.
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         try:
-            self._previous = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+            self._previous = {n: signal.signal(n, self._handle) for n in NOTED}
         except ValueError:  # in another thread than the main one: signals are somebody else's
             logger.warning("outside the main thread: no signal will end this run in good order")
 

@@ -14,9 +14,8 @@ from peft import PeftConfig
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from align import reports
+from align import checkpoints, reports
 from align.callbacks import EMACallback, InterruptCallback, load_trained, trained_parameters
 from align.evaluation import check_columns, evaluate_prompts
 from align.flow_config import FlowConfig
@@ -76,6 +75,7 @@ class FlowTrainer(Trainer):
         self.flow = model
         self.metrics = RunMetrics(self.phases)
         self.resumed_from: str | None = None
+        self._writing_into: str | None = None
         self.interrupt = InterruptCallback()
         if peft_config is not None and model.adapter:
             raise ValueError("the model has an adapter already: give no peft_config, or load the model without it")
@@ -101,8 +101,12 @@ class FlowTrainer(Trainer):
             self.add_callback(self.ema)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        self.resumed_from = str(last) if last else None
+        wanted, say = resume_from_checkpoint, self.is_world_process_zero()
+        folder = checkpoints.find(str(self.args.output_dir), wanted, say) if wanted else None
+        self.resumed_from = None if folder is None else str(folder)
+        checkpoints.check_agreed(self.resumed_from)
+        if folder is not None:
+            checkpoints.check_identity(folder, self.identity())
         if self.ema:
             self.ema.resumed_from = self.resumed_from
         try:
@@ -198,6 +202,31 @@ class FlowTrainer(Trainer):
 
     # -- checkpoints: what is trained, in safetensors ---------------------------------------------------------------
 
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint of this run belongs to."""
+        return {"algorithm": {"algorithm": self.algorithm}, **self.flow.identity(), "dealing": self.args.dealing()}
+
+    def save_progress(self, folder: Path) -> None:
+        """Write into a checkpoint what else an algorithm needs to go on; called on every process."""
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        args, state, run_folder = self.args, self.state, Path(str(self.args.output_dir))
+        final = run_folder / f"checkpoint-{state.global_step}"
+        best = str(run_folder / f"checkpoint-{state.best_global_step}") if state.best_global_step else None
+        with checkpoints.written_whole(final, self.identity(), args.should_save, args.save_total_limit, best) as folder:
+            self._writing_into = str(folder.parent)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._writing_into = None
+            self.save_progress(folder)
+            if best and args.should_save:  # where it will be, not where it is being written
+                state.best_model_checkpoint = best
+                state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._writing_into or super()._get_output_dir(trial)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
@@ -224,6 +253,7 @@ class FlowTrainer(Trainer):
         with self.averaged_weights():
             if self.args.should_save:
                 self.flow.save(self.args.output_dir, self._trained_state(state))
+                checkpoints.usual_modes(Path(str(self.args.output_dir)).rglob("*.safetensors"))
 
     def finish(self, base_model: str, data: str, settings: dict[str, Any] | None = None) -> str:
         """Export the weights, write the pictures and the model card; returns the table of held-out changes.

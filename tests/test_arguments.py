@@ -405,7 +405,6 @@ def test_the_command_line_below_works_but_for_its_one_mistake():
         ({"sde_window_range": [3, 5]}, ["sde_window_range [3, 5] must lie within [0, 4]"]),
         ({"sde_window_range": [2, 4], "sde_type": "cps"}, ["within [0, 3]", "the last of cps having no noise"]),
         ({"noise_level": 0}, ["noise_level must be positive"]),
-        ({"resume_from_checkpoint": True}, ["no checkpoint to resume from: run"]),
         ({"resume_from_checkpoint": "elsewhere/checkpoint-3"}, ["resume from: elsewhere/checkpoint-3"]),
     ],
 )
@@ -474,6 +473,11 @@ def test_a_model_folder_without_a_part_names_it(folder, part, emptied):
 def test_an_earlier_run_is_not_overwritten_unless_asked(folder):
     (folder / "run" / "checkpoint-12").mkdir(parents=True)
     (folder / "run" / "checkpoint-12" / "trainer_state.json").write_text(json.dumps({"global_step": 12}))
+    said = answer(resume_from_checkpoint=True)
+    assert "no checkpoint in run is whole: run/checkpoint-12 has no checkpoint.json" in said
+    run = {"algorithm": {"algorithm": "GRPO"}, "trained": {"tuning": "LoRA"}}
+    content = {"format": 1, "version": "0.1.0", "run": run, "files": {"trainer_state.json": 19}}
+    (folder / "run" / "checkpoint-12" / "checkpoint.json").write_text(json.dumps(content))
     said = answer()
     assert "run holds checkpoint-12 of an earlier run" in said
     for way_out in ("--resume_from_checkpoint true", "--overwrite_output_dir", "another --output_dir"):

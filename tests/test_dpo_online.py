@@ -274,7 +274,7 @@ def test_a_run_goes_on_with_other_micro_batches_but_not_as_another_run(tmp_path)
     with pytest.raises(ValueError, match="algorithm is 'GRPO' and was 'online DPO'"):
         other.train(resume_from_checkpoint=folder)
     (tmp_path / "a/checkpoint-1/pairs.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"pairs\.safetensors is missing: .* in the middle of a rollout"):
+    with pytest.raises(ValueError, match=r"checkpoint-1 lacks pairs\.safetensors: the last good one .*checkpoint-4"):
         trainer(tmp_path / "f", **common).train(resume_from_checkpoint=folder)
 
 
@@ -321,5 +321,5 @@ def spec_of(data: Dataset) -> Dataset:
 
 def test_a_checkpoint_says_how_its_rollouts_are_dealt(tmp_path):
     trainer(tmp_path, save_strategy="steps", save_steps=2).train()
-    dealing = json.loads((tmp_path / "checkpoint-2/dealing.json").read_text())
-    assert dealing["algorithm"] == "online DPO" and dealing["groups_per_update"] == 4
+    run = json.loads((tmp_path / "checkpoint-2/checkpoint.json").read_text())["run"]
+    assert run["algorithm"] == {"algorithm": "online DPO"} and run["dealing"]["groups_per_update"] == 4

@@ -19,6 +19,7 @@ FLOORS = (
     {"flow", "losses", "advantages"},
     {"models", "tiny"},
     {"rollout", "buffer", "scoring", "evaluation", "metrics", "reports", "ranking", "signals", "callbacks", "trainer"}
+    | {"checkpoints"}
     | {"flow_config", "arguments", "data_arguments", "launch", "latents", "matching"}
     | {"groups", "group_config", "grpo_config"},
     {"sft", "dpo", "dpo_online", "grpo", "generate"},

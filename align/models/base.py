@@ -62,6 +62,10 @@ class FlowModel(Protocol):
         """Hex digest of all that ``part`` (``vae`` or ``text_encoder``) computes from: weights and settings."""
         ...
 
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint belongs to: ``model``, the transformer it started from, and ``trained``, what of it is."""
+        ...
+
     def velocity(
         self,
         latents: Tensor,

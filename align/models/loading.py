@@ -1,8 +1,10 @@
 """Find a model's folder and say early, before anything is loaded, what is missing from it."""
 
+import hashlib
 import json
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from align.tiny import CHECKPOINT
 
@@ -81,3 +83,35 @@ def check_resolution(folder: Path, height: int, width: int) -> None:
             raise ValueError(
                 f"{key} {value} must be a positive multiple of {cell}: the nearest are {below} and {below + cell}"
             )
+
+
+#: Bytes of a weight file that are looked at to tell a model by: this many, at as many places.
+_LOOKED_AT = (4096, 64)
+
+
+def describe_transformer(name: str, folder: Path) -> dict[str, Any]:
+    """What tells a model's transformer from another: its name, its config, and a digest of some of its weights."""
+    part, digest = folder / "transformer", hashlib.sha256()
+    for file in sorted(part.glob("*.safetensors")):
+        with file.open("rb") as stored:
+            _digest_some(stored, file.stat().st_size, digest)
+    config = json.loads((part / "config.json").read_text())
+    return {"name": name, "weights": digest.hexdigest()[:16]} | {k: v for k, v in config.items() if k[0] != "_"}
+
+
+def _digest_some(stored: BinaryIO, size: int, digest: Any) -> None:
+    length, places = _LOOKED_AT
+    header = stored.read(8)
+    digest.update(header + stored.read(int.from_bytes(header, "little")))  # names, shapes and types of all tensors
+    start = stored.tell()
+    for place in range(places):
+        stored.seek(max(start, start + (size - start - length) * place // (places - 1)))
+        digest.update(stored.read(length))
+
+
+def digest_adapter(folder: str | Path) -> str:
+    """What tells a LoRA's folder from another: a digest of its weights."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from align.flow import guided_velocity
-from align.models.loading import nearest, resolve_folder
+from align.models.loading import describe_transformer, digest_adapter, nearest, resolve_folder
 from preference_data.cache import TensorCache, cache_key
 
 #: Linear layers of the joint attention, image and text streams: what Qwen-Image LoRAs usually adapt.
@@ -67,6 +67,7 @@ class QwenImage:
         self._fingerprints: dict[str, str] = {}
         self._reference_copy: nn.Module | None = None
         self._adapter_folder: Path | None = None
+        self._described = {"name": "a pipeline"} | {k: v for k, v in self.transformer.config.items() if k[0] != "_"}
         for module in (pipeline.vae, pipeline.text_encoder, self.transformer):
             module.eval().requires_grad_(False)
 
@@ -80,7 +81,9 @@ class QwenImage:
         """
         folder = resolve_folder(name)
         pipeline = QwenImagePipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-        return cls(pipeline, offload=offload)
+        model = cls(pipeline, offload=offload)
+        model._described = describe_transformer(str(name), folder)
+        return model
 
     # -- frozen parts --------------------------------------------------------------------------------------------
 
@@ -139,6 +142,20 @@ class QwenImage:
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
             self._fingerprints[part] = digest.hexdigest()
         return self._fingerprints[part]
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        trained: dict[str, Any] = {"tuning": "full"}
+        if self.adapter:
+            config = self.transformer.peft_config[TRAINED]
+            targets = config.target_modules
+            trained = {
+                "tuning": "LoRA",
+                "adapter": digest_adapter(self._adapter_folder) if self._adapter_folder else None,
+                "lora_r": config.r,
+                "lora_alpha": config.lora_alpha,
+                "lora_target_modules": targets if isinstance(targets, str) else sorted(targets),
+            }
+        return {"model": self._described, "trained": trained}
 
     def _latent_statistics(self) -> tuple[Tensor, Tensor]:
         config = self.pipeline.vae.config

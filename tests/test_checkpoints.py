@@ -1,0 +1,265 @@
+"""Checkpoints: whole or not there, passed over when broken, refused by another run."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from brightness import score as brightness
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+
+from align.checkpoints import MANIFEST, UNFINISHED, CheckpointError, checkpoints, fault, find, written_whole
+from align.flow_config import FlowConfig
+from align.grpo import GRPOConfig, GRPOTrainer
+from align.models.qwen_image import QwenImage
+from align.tiny import CHECKPOINT
+
+PROMPTS = Dataset.from_dict({"prompt": ["a circle", "two squares", "red objects", "a blue cross"]})
+RUN = {"algorithm": {"algorithm": "GRPO"}, "model": {"name": "tiny"}, "trained": {"tuning": "LoRA"}, "dealing": {}}
+
+
+def trainer(folder: Path, model: str | Path = "tiny", lora: dict | None = None, **overrides) -> GRPOTrainer:
+    settings = {
+        "output_dir": str(folder), "height": 64, "width": 64, "num_inference_steps": 3, "sde_window_size": 1,
+        "num_generations": 2, "generation_batch_size": 4, "per_device_train_batch_size": 4, "max_steps": 4,
+        "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 1, "disable_tqdm": True, "use_cpu": True,
+    }  # fmt: skip
+    config = GRPOConfig(**(settings | overrides))
+    peft = LoraConfig(**({"r": 2, "lora_alpha": 4} | (lora or {})))
+    return GRPOTrainer(QwenImage.from_pretrained(model), [brightness], config, PROMPTS, peft_config=peft)
+
+
+def fill(folder: Path, **files: int) -> None:
+    for name, size in files.items():
+        (folder / name).write_bytes(b"x" * size)
+
+
+def make(output_dir: Path, step: int, **options) -> Path:
+    final = output_dir / f"checkpoint-{step}"
+    with written_whole(final, RUN, True, **options) as folder:
+        fill(folder, model=step, optimizer=2 * step)
+    return final
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of four updates, each with a checkpoint."""
+    run = trainer(tmp_path_factory.mktemp("finished"))
+    run.train()
+    return run
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """The run's folder, to be spoilt."""
+    return Path(shutil.copytree(finished.args.output_dir, tmp_path / "run"))
+
+
+# --- Whole or not there ---
+
+
+def test_what_is_written_gets_its_name_at_the_end_and_lists_its_files(tmp_path):
+    final = tmp_path / "checkpoint-3"
+    with written_whole(final, RUN, True) as folder:
+        fill(folder, model=10)
+        assert not final.exists() and checkpoints(tmp_path) == []
+        (folder / "deeper").mkdir()
+        fill(folder / "deeper", shard=7)
+    assert fault(final) is None and not (tmp_path / UNFINISHED).exists()
+    content = json.loads((final / MANIFEST).read_text())
+    assert content["files"] == {"model": 10, "deeper/shard": 7} and content["run"] == RUN and content["format"] == 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda f: (f / MANIFEST).unlink(), "has no checkpoint.json: its writing was not finished"),
+        (lambda f: (f / MANIFEST).write_text('{"files": {"mo'), "has a checkpoint.json that cannot be read"),
+        (lambda f: (f / "model").unlink(), "lacks model"),
+        (lambda f: os.truncate(f / "optimizer", 5), "is damaged: optimizer has 5 bytes and was written with 12"),
+    ],
+)
+def test_a_broken_one_is_passed_over_aloud_and_refused_by_path(tmp_path, caplog, spoil, words):
+    for step in (2, 4, 6):
+        make(tmp_path, step)
+    spoil(tmp_path / "checkpoint-6")
+    assert find(str(tmp_path), True) == find(str(tmp_path), "true") == tmp_path / "checkpoint-4"
+    assert words in caplog.text and "Going on from" in caplog.text
+    with pytest.raises(ValueError, match=r"the last good one beside it is .*checkpoint-4") as caught:
+        find(str(tmp_path), str(tmp_path / "checkpoint-6"))
+    assert words in str(caught.value)
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}" / "model").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole: .*checkpoint-6.*checkpoint-4 lacks model"):
+        find(str(tmp_path), True)
+
+
+def test_nothing_to_resume_is_a_fresh_start_and_a_missing_path_an_error(tmp_path):
+    assert find(str(tmp_path / "none"), True) is None
+    with pytest.raises(FileNotFoundError, match="no checkpoint to resume from: elsewhere"):
+        find(str(tmp_path), "elsewhere")
+    config = FlowConfig(str(tmp_path), resume_from_checkpoint="true", use_cpu=True)
+    assert config.checkpoint_to_resume() is None
+    (tmp_path / "trainer_state.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"holds trainer_state\.json of an earlier run"):
+        config.checkpoint_to_resume()
+
+
+def test_what_a_crash_left_is_removed_and_what_lacks_only_its_name_gets_it(tmp_path):
+    make(tmp_path, 1)
+    half, whole = tmp_path / UNFINISHED / "checkpoint-2", make(tmp_path, 3)
+    half.mkdir(parents=True)
+    fill(half, model=1)
+    whole.rename(tmp_path / UNFINISHED / "checkpoint-3")  # killed between sealing and naming
+    assert find(str(tmp_path), True) == tmp_path / "checkpoint-1"
+    make(tmp_path, 4)
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-3", "checkpoint-1"]
+    assert not (tmp_path / UNFINISHED).exists()
+
+
+def test_the_limit_counts_whole_ones_and_never_takes_the_new_or_the_best(tmp_path):
+    for step in (1, 2, 3):
+        make(tmp_path, step)
+    (tmp_path / "checkpoint-3" / "model").unlink()
+    make(tmp_path, 4, limit=3)
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-2", "checkpoint-1"]
+    make(tmp_path, 5, limit=2, best=str(tmp_path / "checkpoint-1"))
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-1"]
+    with pytest.raises(CheckpointError), written_whole(tmp_path / "checkpoint-6", RUN, True, limit=1) as folder:
+        raise OSError(28, "No space left on device")
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-1"] and not folder.exists()
+    make(tmp_path, 5, limit=1)  # again, in the place of itself
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-5"] and fault(tmp_path / "checkpoint-5") is None
+
+
+# --- A run ---
+
+
+def test_a_truncated_checkpoint_is_passed_over_and_the_run_ends_the_same(finished, copy, caplog):
+    for step in (3, 4):
+        os.truncate(copy / f"checkpoint-{step}" / "optimizer.pt", 100)
+    again = trainer(copy)
+    again.train(resume_from_checkpoint=True)
+    assert again.resumed_from == str(copy / "checkpoint-2")
+    assert "optimizer.pt has 100 bytes" in caplog.text
+    for name, parameter in finished.trained_parameters().items():
+        assert torch.equal(parameter, again.trained_parameters()[name])
+    assert fault(copy / "checkpoint-3") is None  # written again
+
+
+def test_a_run_keeps_as_many_as_it_is_told(tmp_path):
+    trainer(tmp_path, max_steps=3, save_total_limit=1).train()
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-3"] and not (tmp_path / UNFINISHED).exists()
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_spares_the_last_checkpoint(tmp_path):
+    """The whole path through torch's and safetensors' own writers: no file of this process may grow past the limit."""
+    import resource
+
+    run = trainer(tmp_path, max_steps=2, lora={"r": 16}, save_steps=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    make(tmp_path, 1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"checkpoint-2 could not be written by process 0 \(.*last good one"):
+            run.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["checkpoint-1"]
+
+
+def test_peak_memory_is_on_every_log_line(finished):
+    peaks = [entry["memory_peak_gib"] for entry in finished.state.log_history if "loss" in entry]
+    assert len(peaks) == 4 and peaks == sorted(peaks) and 0.1 < peaks[0] < 100
+
+
+# --- What it belongs to ---
+
+
+def other_model(folder: Path) -> Path:
+    """The embedded model with one transformer weight changed."""
+    from safetensors.torch import save_file
+
+    shutil.copytree(CHECKPOINT, folder)
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"lora": {"r": 4, "lora_alpha": 4}},
+            r"lora_r is 4 and was 2 when .* start a new run from its LoRA with --adapter",
+        ),
+        ({"lora": {"lora_alpha": 8}}, "lora_alpha is 8 and was 4"),
+        ({"lora": {"target_modules": ["to_q"]}}, "lora_target_modules is"),
+        ({"noise_level": 0.5}, "noise_level is 0.5 and was 0.7"),
+        (
+            {"model": "other"},
+            r"the model is .*other and was tiny \(weights is .* resume with the model it was trained on",
+        ),
+    ],
+    ids=["rank", "alpha", "targets", "dealing", "model"],
+)
+def test_another_run_is_refused_before_training(finished, tmp_path, changes, message):
+    if "model" in changes:
+        changes = {"model": other_model(tmp_path / "other")}
+    checkpoint = str(Path(finished.args.output_dir) / "checkpoint-2")
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path / "run", **changes).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_newer_format_names_the_version_that_reads_it(finished, copy):
+    file = copy / "checkpoint-4" / MANIFEST
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2, "version": "7.1"}))
+    with pytest.raises(ValueError, match=r"written by flow-align 7\.1 \(format 2\).*reads up to format 1: install"):
+        trainer(copy).train(resume_from_checkpoint=True)
+
+
+# --- Security ---
+
+
+class Bomb:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return (Path.touch, (self.file,))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_code_planted_in_a_checkpoint_does_not_run(copy, tmp_path, name):
+    folder = copy / "checkpoint-4"
+    torch.save({"planted": Bomb(tmp_path / "went off")}, folder / name)
+    content = json.loads((folder / MANIFEST).read_text())
+    content["files"][name] = (folder / name).stat().st_size
+    (folder / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        trainer(copy, max_steps=5).train(resume_from_checkpoint=True)
+    assert not (tmp_path / "went off").exists()
+    torch.load(folder / name, weights_only=False)
+    assert (tmp_path / "went off").exists()  # it would have
+
+
+def test_files_get_the_modes_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        run = trainer(tmp_path / "run", max_steps=1, save_rollouts=True)
+        run.train()
+        run.finish("tiny", "prompts")
+    finally:
+        os.umask(before)
+    paths = list((tmp_path / "run").rglob("*"))
+    assert {"checkpoint.json", "optimizer.pt", "README.md", "pytorch_lora_weights.safetensors"} <= {
+        p.name for p in paths
+    }
+    modes = {p.relative_to(tmp_path).as_posix(): oct(p.stat().st_mode & 0o777) for p in paths}
+    odd = {n: m for n, m in modes.items() if m != ("0o750" if (tmp_path / n).is_dir() else "0o640")}
+    assert not odd
