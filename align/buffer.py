@@ -108,8 +108,8 @@ class TransitionBuffer:
                 f"{file} is missing: this checkpoint was taken in the middle of a rollout, by another number of "
                 "processes. Resume with that number, or from a checkpoint between two rollouts"
             )
-        with safe_open(file, framework="pt", device=str(device)) as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (it is no dict)
+        with safe_open(file, framework="pt") as stored:  # it knows no device "cpu:0", which several processes have
+            tensors = {name: stored.get_tensor(name).to(device) for name in stored.keys()}  # noqa: SIM118 (it is no dict)
             rest = json.loads(stored.metadata()["rollout"])
         advantages, live = tensors.pop("advantages"), tensors.pop("live").cpu()
         sampler = StochasticSampler(**rest.pop("sampler"))

@@ -192,17 +192,19 @@ def written_whole(
 
 def _agree_written(error: Exception | None, final: Path, here: bool) -> None:
     """Wait for all processes; when one has an error, clean up and raise on all of them."""
-    said = error and f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    said = None
+    if error is not None:
+        free = shutil.disk_usage(final.parent).free / 2**20
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}; {free:.1f} MiB were free"
     failed = [(index, text) for index, text in enumerate(gather_object([said])) if text]
     if not failed:
         return
     if here:
         shutil.rmtree(final.parent / UNFINISHED, ignore_errors=True)
     good, (index, text) = last_good(final.parent), failed[0]
-    free = shutil.disk_usage(final.parent).free / 2**20
     kept = f"the last good one is {good}" if good else "there is none before it"
     raise CheckpointError(
-        f"{final} could not be written by process {index} ({text}; {free:.1f} MiB are free there) and was removed: {kept}"
+        f"{final} could not be written by process {index} ({text}) and was removed: {kept}"
     ) from error
 
 

@@ -3,15 +3,22 @@
 import json
 import os
 import pickle
+import re
+import shlex
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from brightness import score as brightness
 from datasets import Dataset
+from launched import BIN, GLOO, ROOT, TWO, finish, run, start
 from peft import LoraConfig
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from align.checkpoints import MANIFEST, UNFINISHED, CheckpointError, checkpoints, fault, find, written_whole
 from align.flow_config import FlowConfig
@@ -263,3 +270,125 @@ def test_files_get_the_modes_of_the_umask(tmp_path):
     modes = {p.relative_to(tmp_path).as_posix(): oct(p.stat().st_mode & 0o777) for p in paths}
     odd = {n: m for n, m in modes.items() if m != ("0o750" if (tmp_path / n).is_dir() else "0o640")}
     assert not odd
+
+
+# --- Signals and real processes ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_schedulers_warning_ends_the_run_with_a_checkpoint(tmp_path, number):
+    class Warned(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                os.kill(os.getpid(), number)
+
+    warned = trainer(tmp_path, save_strategy="no")
+    warned.add_callback(Warned())
+    before = signal.getsignal(number)
+    warned.train()
+    assert warned.interrupted and warned.state.global_step == 2 and signal.getsignal(number) is before
+    assert find(str(tmp_path), True) == tmp_path / "checkpoint-2"
+
+
+def test_every_process_group_gets_the_time_out(tmp_path):
+    """Also those that were made with another one, as DeepSpeed's are."""
+    script = (
+        "import torch.distributed as d\nfrom datetime import timedelta\nfrom align.callbacks import bound_waiting\n"
+        f"d.init_process_group('gloo', init_method='file://{tmp_path}/store', rank=0, world_size=1)\n"
+        "other = d.new_group([0], timeout=timedelta(seconds=999))\nbound_waiting(7)\n"
+        "print([g._get_backend(__import__('torch').device('cpu')).options._timeout.total_seconds() "
+        "for g in (d.group.WORLD, other)])"
+    )
+    assert "[7.0, 7.0]" in run(tmp_path, sys.executable, "-c", script)
+
+
+WORDS = [
+    *(ROOT / "align/grpo.py", "--config", ROOT / "configs/tiny/grpo.yaml", "--eval_strategy", "no", *GLOO),
+    *(
+        "--eval_on_start",
+        "false",
+        "--num_generations",
+        "4",
+        "--generation_batch_size",
+        "8",
+        "--num_inference_steps",
+        "4",
+    ),
+    *("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", "--disable_tqdm", "true"),
+    *("--rewards", "jpeg_size", "--save_strategy", "steps", "--save_steps", "2", "--resume_from_checkpoint", "true"),
+]
+
+
+def wait_for_updates(process: subprocess.Popen, count: int) -> str:
+    """Read the log until ``count`` updates were logged; returns what was read."""
+    read = ""
+    while read.count("'loss'") < count:
+        line = process.stdout.readline()
+        assert line, read[-3000:]
+        read += line
+    return read
+
+
+def workers(launcher: subprocess.Popen) -> list[int]:
+    """The processes that a launcher started."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"grpo.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_two_processes_signalled_through_their_launcher_leave_one_good_checkpoint(tmp_path):
+    """As Slurm's --signal does it; the launcher waits for them. Then the same run goes on."""
+    handled = ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
+    process = start(
+        tmp_path, *TWO, *handled, *WORDS, "--save_steps", "500", "--max_steps", "400", "--output_dir", "out"
+    )
+    output = wait_for_updates(process, 2)
+    assert "out holds no checkpoint to resume from yet: starting afresh" in output
+    process.send_signal(signal.SIGUSR1)
+    rest, _ = process.communicate(timeout=60)
+    assert rest.count("SIGUSR1: finishing this update") == 2
+    (folder,) = checkpoints(tmp_path / "out")
+    assert fault(folder) is None and f"--resume_from_checkpoint out/{folder.name}" in rest
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {p.name for p in folder.iterdir()}
+    done = int(folder.name.rpartition("-")[2])
+    run(tmp_path, *TWO, *WORDS, "--max_steps", done + 1, "--output_dir", "out")
+    state = json.loads((tmp_path / "out/trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == list(range(1, done + 2))
+
+
+RESTARTED = [BIN / "torchrun", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--nproc_per_node", "2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "says"), [(signal.SIGKILL, "reset by peer|closed"), (signal.SIGSTOP, "Timed out waiting 10000ms")]
+)
+def test_a_process_that_dies_or_hangs_is_answered_by_a_restart_to_the_same_end(tmp_path, monkeypatch, number, says):
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    words = [*WORDS, "--max_steps", "8", "--ddp_timeout", "10", "--output_dir"]
+    run(tmp_path, *TWO, *words, "whole")
+    process = start(tmp_path, *RESTARTED, "--max_restarts", "2", *words, "out")
+    wait_for_updates(process, 3)
+    os.kill(workers(process)[1], number)
+    output = finish(process)
+    assert re.search(says, output)
+    assert "8 updates in" in output
+    one, other = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_file_system_ends_the_run_with_a_sentence(tmp_path, processes):
+    """On a tmpfs of 3 MiB in a mount namespace of its own; a checkpoint takes 2."""
+    allowed = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, text=True)
+    if allowed.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {allowed.stderr.strip()}")
+    (tmp_path / "small").mkdir()
+    launch = [BIN / "torchrun", "--standalone", "--nproc_per_node", processes, *WORDS, "--output_dir", "small/run"]
+    command = shlex.join(map(str, [*launch, "--per_device_train_batch_size", 8 // processes, "--max_steps", 6]))
+    script = f"mount -t tmpfs -o size=3m none small; {command}; echo rc $?; find small/run -type d; ls small/run/*"
+    output = run(tmp_path, "unshare", "-rm", "sh", "-c", script)
+    assert "stopped at update 4: small/run/checkpoint-4 could not be written by process 0" in output
+    assert "was removed: the last good one is small/run/checkpoint-2" in output
+    assert output.split("rc 1\n")[1].splitlines()[:2] == ["small/run", "small/run/checkpoint-2"]
+    assert "checkpoint.json" in output.split("rc 1\n")[1]
