@@ -20,6 +20,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from align import dpo_online, grpo
 from align.checkpoints import MANIFEST, UNFINISHED, CheckpointError, checkpoints, fault, find, written_whole
 from align.flow_config import FlowConfig
 from align.grpo import GRPOConfig, GRPOTrainer
@@ -221,6 +222,37 @@ def test_another_run_is_refused_before_training(finished, tmp_path, changes, mes
     checkpoint = str(Path(finished.args.output_dir) / "checkpoint-2")
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path / "run", **changes).train(resume_from_checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("main", "overrides", "message"),
+    [
+        (grpo.main, {"lora_r": 8}, "lora_r is 8 and was 2"),
+        (grpo.main, {"use_peft": False}, "tuning is 'full' and was 'LoRA'"),
+        (grpo.main, {"noise_level": 0.3}, "noise_level is 0.3 and was 0.7"),
+        (grpo.main, {"model": "other"}, "the model is other and was tiny"),
+        (grpo.main, {"adapter": "."}, "adapter is '"),
+        (dpo_online.main, {"per_device_train_batch_size": 2}, "algorithm is 'online DPO' and was 'GRPO'"),
+    ],
+)
+def test_the_command_line_refuses_another_run_before_a_model_is_loaded(copy, monkeypatch, main, overrides, message):
+    def loaded(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(QwenImage, "from_pretrained", loaded)
+    monkeypatch.chdir(copy)
+    other_model(copy / "other")
+    shutil.copy("checkpoint-1/pytorch_lora_weights.safetensors", copy)
+    words = {
+        "dataset_name": "tiny/background", "rewards": "jpeg_size", "output_dir": ".", "height": 64, "width": 64,
+        "num_inference_steps": 3, "num_generations": 2, "generation_batch_size": 4, "per_device_train_batch_size": 4,
+        "max_steps": 4, "use_cpu": True, "resume_from_checkpoint": True,
+    }  # fmt: skip
+    words |= {"lora_r": 2, "lora_alpha": 4} if not overrides.keys() & {"use_peft", "adapter"} else {}
+    words |= {"sde_window_size": 1} if main is grpo.main else {}
+    with pytest.raises(SystemExit, match=message) as caught:
+        main([str(word) for name, value in (words | overrides).items() for word in (f"--{name}", value)])
+    assert "checkpoint-4 was written: resume with the" in str(caught.value)
 
 
 def test_a_newer_format_names_the_version_that_reads_it(finished, copy):
