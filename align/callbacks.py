@@ -11,6 +11,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
+from align.sharding import gathered, whole_shape
 from align.signals import Interrupt
 
 EMA_WEIGHTS = "ema.safetensors"
@@ -21,8 +22,8 @@ def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def load_trained(parameters: dict[str, torch.nn.Parameter], file: Path) -> None:
-    """Copy a checkpoint's tensors into ``parameters``; raises ValueError naming the first that does not fit."""
+def read_trained(parameters: dict[str, torch.nn.Parameter], file: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors, one for each of ``parameters``; raises ValueError naming the first that does not fit."""
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} is no checkpoint of this library: it has no {file.name}")
     stored = load_file(file)
@@ -30,12 +31,19 @@ def load_trained(parameters: dict[str, torch.nn.Parameter], file: Path) -> None:
         where = "the checkpoint lacks" if name in parameters else "the model does not train"
         raise ValueError(f"checkpoint {file.parent} does not fit this run: {where} {name}")
     for name, parameter in parameters.items():
-        if stored[name].shape != parameter.shape:
+        if stored[name].shape != whole_shape(parameter):
             raise ValueError(
                 f"checkpoint {file.parent} does not fit this run: {name} is {tuple(stored[name].shape)} there and "
-                f"{tuple(parameter.shape)} here (another LoRA rank, or another model)"
+                f"{tuple(whole_shape(parameter))} here (another LoRA rank, or another model)"
             )
-        with torch.no_grad():
+    return stored
+
+
+def load_trained(parameters: dict[str, torch.nn.Parameter], file: Path) -> None:
+    """Copy a checkpoint's tensors into ``parameters``, which are whole."""
+    stored = read_trained(parameters, file)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
             parameter.copy_(stored[name])
 
 
@@ -51,7 +59,8 @@ class EMACallback(TrainerCallback):
         return list(trained_parameters(self.trainer.model).values())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.average = EMAModel(self._parameters(), decay=args.ema_decay)
+        with gathered(self._parameters()):  # the average is whole on every process, also of what ZeRO-3 shares out
+            self.average = EMAModel(self._parameters(), decay=args.ema_decay)
         if state.global_step:
             assert self.resumed_from is not None
             folder = Path(self.resumed_from)
@@ -61,7 +70,8 @@ class EMACallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.average is not None
-        self.average.step(self._parameters())
+        with gathered(self._parameters()):
+            self.average.step(self._parameters())
 
     def save(self, folder: Path) -> None:
         """Write the average into a checkpoint."""
@@ -76,12 +86,14 @@ class EMACallback(TrainerCallback):
         if self.average is None:
             yield
             return
-        self.average.store(self._parameters())
-        self.average.copy_to(self._parameters())
+        with gathered(self._parameters(), write=True):
+            self.average.store(self._parameters())
+            self.average.copy_to(self._parameters())
         try:
             yield
         finally:
-            self.average.restore(self._parameters())
+            with gathered(self._parameters(), write=True):
+                self.average.restore(self._parameters())
 
 
 def bound_waiting(seconds: float) -> None:

@@ -60,6 +60,9 @@ class DPOSettings(FlowConfig):
         if self.label_smoothing and self.loss_type != "sigmoid":
             raise ValueError(f"label_smoothing belongs to loss_type sigmoid, found loss_type {self.loss_type}")
 
+    def wants_reference(self) -> str | None:
+        return "DPO"
+
 
 @dataclass
 class DPOConfig(DPOSettings, MatchingConfig):
@@ -131,7 +134,6 @@ class DPOTrainer(MatchingTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.check_reference("DPO")
         self.flow.keep_reference()
 
     def images_of(self, record: Pair) -> tuple[str, list[ImageSource]]:

@@ -58,6 +58,9 @@ class OnlineDPOConfig(DPOSettings, NoiseLevels, GroupConfig):
         super().__post_init__()
         self.check_least("min_margin", 0)
 
+    def wants_reference(self) -> str | None:
+        return "online DPO"
+
     @property
     def _groups(self) -> int:
         return self.generation_batch_size // self.num_generations
@@ -109,7 +112,6 @@ class OnlineDPOTrainer(GroupTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.check_reference("online DPO")
         self.flow.keep_reference()
 
     # -- 1 and 2: sample, score, pair -------------------------------------------------------------------------------
@@ -159,7 +161,7 @@ class OnlineDPOTrainer(GroupTrainer):
     ) -> Tensor:
         """The mean of :func:`align.dpo.dpo_objective` over the micro-batch's groups, those without a pair counting 0."""
         if not len(inputs):
-            return self._keep_in_step(model) if self.args.world_size > 1 else self.no_loss()
+            return self._keep_in_step(model) if self.in_step else self.no_loss()
         return dpo_objective(self, self.args, self.noised(inputs), model).sum() / self.args.per_device_train_batch_size
 
     def _keep_in_step(self, model: torch.nn.Module) -> Tensor:

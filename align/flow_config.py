@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from align import checkpoints
 from align.rollout import SamplingPlan
+from align.sharding import check_sharding, keep_models_whole
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class FlowConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        keep_models_whole()
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie inside (0, 1), found {self.ema_decay}")
         if self.remove_unused_columns:
@@ -95,6 +97,10 @@ class FlowConfig(TrainingArguments):
                 "eval_strategy is set and there is no held-out data: give --eval_dataset_name, or eval_strategy: no"
             )
 
+    def wants_reference(self) -> str | None:
+        """What of these settings compares with the model as it was before training, if anything does."""
+        return None
+
     def eval_plan(self) -> SamplingPlan:
         """How held-out images are sampled: the plain ODE."""
         return SamplingPlan(
@@ -132,6 +138,7 @@ class FlowConfig(TrainingArguments):
         if resume:
             folder = checkpoints.find(str(self.output_dir), str(wanted), say=self.process_index == 0)
             if folder is not None:
+                check_sharding(folder, self)
                 return str(folder)
         there = checkpoints.checkpoints(str(self.output_dir))
         left = [there[0].name] if there else [n for n in FINISHED if (Path(str(self.output_dir)) / n).exists()]

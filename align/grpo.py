@@ -64,7 +64,6 @@ class GRPOTrainer(GroupTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.args.beta > 0:
-            self.check_reference("beta > 0")
             self.flow.keep_reference()
         self._consistent = False
 
@@ -94,7 +93,7 @@ class GRPOTrainer(GroupTrainer):
             update=update,
             micro_batches=args.micro_batches_per_pass(args.world_size),
             seed=args.seed,
-            keep_one=args.world_size > 1,
+            keep_one=self.in_step,
         )
         if not self._consistent:
             self._check_consistency(buffer)

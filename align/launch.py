@@ -11,6 +11,7 @@ from align.flow_config import FlowConfig
 from align.group_config import check_data
 from align.groups import check_dropout
 from align.models.loading import latent_cell, resolve_folder
+from align.sharding import check_zero
 from align.trainer import FlowTrainer
 from preference_data.buckets import make_buckets
 from rewards import load_rewards
@@ -72,6 +73,7 @@ def run_on_images(data_type: type, config_type: type, trainer_type: type[Any], a
         train, held_out = data.load()
         check_launch(args)
         args.check_evaluation(held_out is not None or prompts is not None)
+        check_zero(args, model_args.use_peft)
         model_args.check(args.height, args.width)
         cell = latent_cell(resolve_folder(model_args.model))
         make_buckets(args.bucket_resolution(cell), cell, args.max_aspect_ratio)
@@ -102,6 +104,7 @@ def run_on_groups(data_type: type, config_type: type, trainer_type: type[Any], a
         check_data(rewards, args, train, held_out, guards)
         check_launch(args)
         args.check_world(args.world_size)
+        check_zero(args, model_args.use_peft)
         model_args.check(args.height, args.width)
         check_dropout(model_args.lora_dropout)
         checkpoint = find_checkpoint(trainer_type, model_args, args)

@@ -16,11 +16,21 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, set_seed
 
 from align import checkpoints, reports
-from align.callbacks import EMACallback, InterruptCallback, load_trained, trained_parameters
+from align.callbacks import EMACallback, InterruptCallback, load_trained, read_trained, trained_parameters
 from align.evaluation import check_columns, evaluate_prompts
 from align.flow_config import FlowConfig
 from align.metrics import RunMetrics
 from align.models.base import FlowModel
+from align.sharding import (
+    check_sharding,
+    check_zero,
+    keep_models_whole,
+    leave_out_frozen,
+    load_engine,
+    whole_state,
+    write_sharding,
+    zero_stage,
+)
 from rewards import Reward, RewardError
 from rewards.weights import shown
 
@@ -79,6 +89,7 @@ class FlowTrainer(Trainer):
         self.interrupt = InterruptCallback()
         if peft_config is not None and model.adapter:
             raise ValueError("the model has an adapter already: give no peft_config, or load the model without it")
+        check_zero(args, peft_config is not None or model.adapter)
         set_seed(args.seed)  # before the adapter's initial weights are drawn, on every process alike
         dead = model.add_lora(peft_config) if peft_config is not None else [] if model.adapter else model.unfreeze()
         if dead and args.process_index == 0:
@@ -95,6 +106,10 @@ class FlowTrainer(Trainer):
             eval_dataset=eval_dataset if eval_dataset is not None else eval_prompts,
             callbacks=[self.interrupt, *(callbacks or [])],
         )
+        keep_models_whole()  # said again by the Trainer
+        if self.is_deepspeed_enabled and not args.optim.startswith("adam"):
+            # Where the optimizer is offloaded, accelerate would otherwise put DeepSpeed's Adam in place of any other.
+            self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
         model.device = self.accelerator.device
         self.ema = EMACallback(self) if args.ema_decay else None
         if self.ema:
@@ -107,6 +122,7 @@ class FlowTrainer(Trainer):
         checkpoints.check_agreed(self.resumed_from)
         if folder is not None:
             checkpoints.check_identity(folder, self.identity())
+            check_sharding(folder, self.args)
         if self.ema:
             self.ema.resumed_from = self.resumed_from
         try:
@@ -127,13 +143,14 @@ class FlowTrainer(Trainer):
         """Name to parameter, for everything that is trained."""
         return trained_parameters(self.model)
 
-    def check_reference(self, wanted_by: str) -> None:
-        """Raise ValueError when there is nothing to refer to: a frozen copy of a model that is sharded."""
-        if not self.flow.adapter and self.is_deepspeed_enabled and self.args.hf_deepspeed_config.is_zero3():
-            raise ValueError(
-                f"{wanted_by} has nothing to refer to: a full fine-tune needs a frozen copy of the model, which ZeRO-3 "
-                "does not shard here. Train an adapter, or use ZeRO-2"
-            )
+    @property
+    def in_step(self) -> bool:
+        """Whether a forward waits for other processes', or, of shared-out weights, must come before every backward."""
+        return self.args.world_size > 1 or zero_stage(self.args) == 3
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """A copy on the CPU of everything that is trained; called on every process, and empty but on those that save."""
+        return whole_state(self.trained_parameters(), keep=self.args.should_save)
 
     def averaged_weights(self) -> Any:
         """Context in which the model carries the moving average, if the run keeps one."""
@@ -227,32 +244,52 @@ class FlowTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return self._writing_into or super()._get_output_dir(trial)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained, and nothing else of the model, gathered if it is shared out."""
+        self._save(output_dir, self.trained_state())
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        state = self._trained_state(state_dict)
+        assert state_dict is not None
+        state = state_dict
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
         if self.ema:
             self.ema.save(folder)
         if self.flow.adapter:  # so that every checkpoint can be tried in stock diffusers
             self.flow.save(str(folder), state)
 
-    def _trained_state(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        names = self.trained_parameters()
-        source = names if state_dict is None else state_dict
-        return {name: source[name].detach().cpu().contiguous() for name in names}
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_deepspeed_enabled and self.args.should_save:
+            write_sharding(Path(output_dir), self.args)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            read_trained(self.trained_parameters(), Path(resume_from_checkpoint) / WEIGHTS)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        leave_out_frozen(self.model_wrapped)
+        if resume_from_checkpoint is not None:
+            # Not by the Trainer: it would miss the frozen weights, which our checkpoints leave out.
+            load_engine(self.model_wrapped, Path(resume_from_checkpoint))
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         load_trained(self.trained_parameters(), Path(resume_from_checkpoint) / WEIGHTS)
 
     def export(self) -> None:
         """Write to ``output_dir`` what stock diffusers loads: the LoRA, or the whole transformer."""
-        state = self.accelerator.get_state_dict(self.model_wrapped) if self.is_deepspeed_enabled else None
+        # A full fine-tune's folder holds what no gradient reaches too.
+        saved = self.trained_parameters() if self.flow.adapter else dict(self.model.named_parameters())
         with self.averaged_weights():
+            state = whole_state(saved, keep=self.args.should_save)
             if self.args.should_save:
-                self.flow.save(self.args.output_dir, self._trained_state(state))
+                self.flow.save(self.args.output_dir, state)
                 checkpoints.usual_modes(Path(str(self.args.output_dir)).rglob("*.safetensors"))
 
     def finish(self, base_model: str, data: str, settings: dict[str, Any] | None = None) -> str:

@@ -179,7 +179,7 @@ def test_the_loss_is_that_of_plain_diffusers_calls(tmp_path):
     with torch.no_grad():
         for parameter in run.trained_parameters().values():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-        run.flow.save(str(tmp_path / "lora"), run._trained_state())
+        run.flow.save(str(tmp_path / "lora"), run.trained_state())
         policy, reference = (QwenImagePipeline.from_pretrained(CHECKPOINT, dtype=torch.float32) for _ in range(2))
         policy.load_lora_weights(tmp_path / "lora")
         batch = run._buffer.micro_batch(0)

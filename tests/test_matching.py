@@ -44,7 +44,7 @@ def test_dpo_loss_is_that_of_plain_diffusers_calls(tmp_path):
     generator = torch.Generator().manual_seed(0)
     for parameter in trainer.trained_parameters().values():  # a policy that has moved away from its reference
         parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    trainer.flow.save(str(tmp_path / "lora"), trainer._trained_state())
+    trainer.flow.save(str(tmp_path / "lora"), trainer.trained_state())
     policy, reference = (QwenImagePipeline.from_pretrained(CHECKPOINT, dtype=torch.float32) for _ in range(2))
     policy.load_lora_weights(tmp_path / "lora")
     for place, pair in enumerate(some_pairs()):

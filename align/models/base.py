@@ -105,5 +105,7 @@ class FlowModel(Protocol):
         ...
 
     def save(self, folder: str, state_dict: dict[str, Tensor]) -> None:
-        """Write what was trained, ``state_dict``, in the form the model family's stock loader reads."""
+        """Write the adapter, or the whole transformer where none is attached, in the form that the family's stock loader
+        reads; ``state_dict`` has its tensors by the transformer's names for them.
+        """
         ...

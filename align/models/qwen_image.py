@@ -359,6 +359,4 @@ class QwenImage:
                 **_collate_lora_metadata({"transformer": self.transformer}),
             )
         else:
-            # A full fine-tune's state lacks the parameters that no gradient reaches; they are as they were loaded.
-            whole = {name: p.detach() for name, p in self.transformer.named_parameters()} | state_dict
-            self.transformer.save_pretrained(Path(folder) / "transformer", state_dict=whole)
+            self.transformer.save_pretrained(Path(folder) / "transformer", state_dict=state_dict)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 #: Two processes on this machine's CPU; GLOO goes to the trainers among the words.
@@ -14,6 +16,7 @@ GLOO = ["--use_cpu", "true", "--ddp_backend", "gloo"]
 
 def start(folder: Path, *words: object) -> subprocess.Popen:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment |= {"DS_ACCELERATOR": "cpu"}  # or DeepSpeed looks for a GPU
     return subprocess.Popen(
         [str(word) for word in words], cwd=folder, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -29,3 +32,14 @@ def finish(process: subprocess.Popen, timeout: float = 300) -> str:
 
 def run(folder: Path, *words: object) -> str:
     return finish(start(folder, *words))
+
+
+def on_cpu(launcher: Path, folder: Path, processes: int = 2) -> list[object]:
+    """The command that launches with a shipped config on this machine's CPU: what only an accelerator has is replaced."""
+    config = yaml.safe_load(launcher.read_text())
+    config |= {"num_processes": processes, "mixed_precision": "no"}
+    if config["distributed_type"] == "MULTI_GPU":
+        config |= {"distributed_type": "MULTI_CPU", "use_cpu": True}
+    file = folder / f"{launcher.stem}-cpu.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return [BIN / "accelerate", "launch", "--config_file", file, "--main_process_port", "0"]
