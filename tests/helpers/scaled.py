@@ -1,0 +1,117 @@
+"""Each algorithm on one process, and on two under each shipped launcher config: the same updates, small enough for a CPU."""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from diffusers import QwenImagePipeline
+from launched import ROOT, on_cpu, run
+from safetensors.torch import load_file
+
+from align.tiny import CHECKPOINT
+
+LAUNCHERS = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
+ALGORITHMS = ("sft", "dpo", "dpo_online", "grpo")
+REWARD = ("--rewards", ROOT / "tests/helpers/brightness.py:score")
+UPDATES = 3
+#: Adam's first steps amplify rounding to the learning rate, sgd does not. Every gradient is clipped, the rate changes.
+TRAIN = (
+    *("--optim", "sgd", "--learning_rate", "30", "--max_grad_norm", "0.001", "--lr_scheduler_type", "linear"),
+    *("--warmup_steps", "0", "--max_steps", UPDATES, "--gradient_accumulation_steps", "2"),
+    *("--eval_strategy", "no", "--eval_on_start", "false", "--num_generations_eval", "1"),
+    *("--save_strategy", "steps", "--save_steps", "1", "--disable_tqdm", "true"),
+)
+#: Two updates a rollout, so that the first checkpoint lies in the middle of one.
+GROUPS = ("--num_generations", "4", "--num_iterations", "2", "--num_inference_steps", "3")
+#: (settings, examples of an update) of each algorithm.
+SETTINGS = {
+    "sft": (("--config", "sft_style", "--lora_r", "4", "--num_inference_steps", "2"), 8),
+    "dpo": (("--config", "dpo", "--num_inference_steps", "2"), 8),
+    "dpo_online": (("--config", "dpo_online", *GROUPS, "--generation_batch_size", "32"), 8),
+    "grpo": (("--config", "grpo", *GROUPS, "--generation_batch_size", "8", "--beta", "0.1"), 16),
+}
+
+
+def why_not() -> str | None:
+    """Why DeepSpeed cannot run here, if it cannot."""
+    if find_spec("deepspeed") is None:
+        return "deepspeed is not installed: pip install flow-align[deepspeed]"
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        return "there is no C++ compiler, with which DeepSpeed builds what its processes talk by"
+    return None
+
+
+@dataclass
+class Run:
+    """A finished run, by its output_dir."""
+
+    folder: Path
+
+    @cached_property
+    def log(self) -> list[dict]:
+        entries = json.loads((self.folder / "trainer_state.json").read_text())["log_history"]
+        return [entry for entry in entries if "loss" in entry]
+
+    @cached_property
+    def lora(self) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / "pytorch_lora_weights.safetensors")
+
+    def trained(self, update: int) -> dict[str, torch.Tensor]:
+        """What the checkpoint of an update says the trained weights are."""
+        return load_file(self.folder / f"checkpoint-{update}/model.safetensors")
+
+    def logged(self, key: str, first: int = 0) -> list[float]:
+        return [entry[key] for entry in self.log[first:]]
+
+    def loaded_by_stock(self) -> dict[str, torch.Tensor]:
+        """The adapter's weights in a stock pipeline that has loaded this run's LoRA, by the names they are trained by."""
+        pipeline = QwenImagePipeline.from_pretrained(CHECKPOINT)
+        pipeline.load_lora_weights(self.folder, adapter_name="default")
+        return {name: p.detach() for name, p in pipeline.transformer.named_parameters() if ".default." in name}
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Of all elements of two states of the same names and shapes."""
+    assert one.keys() == other.keys()
+    assert all(one[name].shape == other[name].shape and one[name].numel() for name in one)
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def make_pairs(folder: Path) -> None:
+    """Preferences for DPO, in ``folder``/pairs."""
+    config = ("--config", ROOT / "configs/tiny/generate.yaml", "--max_prompts", "6", "--num_generations", "4")
+    words = (*config, "--num_inference_steps", "3", *REWARD, "--use_cpu", "true", "--output_dir", "pairs")
+    run(folder, sys.executable, ROOT / "align/generate.py", *words)
+
+
+def train(folder: Path, algorithm: str, launcher: str | None, out: str, *more: object) -> Run:
+    """``algorithm`` on one process, or on two under a shipped launcher config; pairs and cache lie in ``folder``."""
+    (flag, config, *settings), examples = SETTINGS[algorithm]
+    (folder / "prompts.txt").write_text("a red circle\ntwo blue squares\n")
+    processes = 1 if launcher is None else 2
+    words = [flag, ROOT / f"configs/tiny/{config}.yaml", *settings, *TRAIN, *REWARD, "--output_dir", out]
+    words += ["--per_device_train_batch_size", examples // 2 // processes]
+    if algorithm == "dpo":
+        words += ["--dataset_name", "pairs", "--eval_dataset_name", "pairs/train"]
+    if algorithm in ("sft", "dpo"):  # what is held out is evaluated when the run ends
+        words += ["--cache_dir", "cache", "--eval_prompts_name", "prompts.txt"]
+        words += ["--guard_dataset_names", "prompts.txt"] if algorithm == "dpo" else []
+    else:
+        words += ["--eval_dataset_name", "prompts.txt", "--guard_dataset_names", "prompts.txt"]
+    words += ["--use_cpu", "true"] if launcher in (None, "ddp") else []
+    words += ["--ddp_backend", "gloo"] if processes > 1 else []
+    start = [sys.executable] if launcher is None else on_cpu(ROOT / f"configs/accelerate/{launcher}.yaml", folder)
+    run(folder, *start, ROOT / f"align/{algorithm}.py", *words, *more)
+    return Run(folder / out)
+
+
+def resume(folder: Path, algorithm: str, launcher: str, whole: Run) -> Run:
+    """Go on from the first checkpoint of ``whole``."""
+    first = f"{whole.folder.name}/checkpoint-1"
+    more = ("--save_strategy", "no", "--resume_from_checkpoint", first)
+    return train(folder, algorithm, launcher, f"{whole.folder.name}-resumed", *more)
