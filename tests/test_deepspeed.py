@@ -1,19 +1,23 @@
 """The shipped launcher configs on two CPU processes, with real DeepSpeed: against one process, resumed, and exported."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
 import scaled
-import torch
 from accelerate.utils import DeepSpeedPlugin
+from diffusers import QwenImageTransformer2DModel
 from launched import ROOT, finish, on_cpu, start
+from safetensors.torch import load_file
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from align.dpo import DPOConfig
+from align.dpo_online import OnlineDPOConfig
 from align.grpo_config import GRPOConfig
 from align.sft import SFTConfig
 from align.sharding import SHARDING, check_sharding, check_zero
+from align.tiny import CHECKPOINT
 
 pytestmark = pytest.mark.skipif(scaled.why_not() is not None, reason=str(scaled.why_not()))
 TOLERANCE = 1e-5
@@ -88,3 +92,121 @@ def test_every_algorithm_under_every_launcher(folder, alone, algorithm, launcher
     check_equal(one, two)
     check_export(two)
     check_resumed(two, scaled.resume(folder, algorithm, launcher, two))
+
+
+@pytest.mark.slow
+def test_the_moving_average_of_shared_out_weights(folder):
+    """Exported is the average, which under ZeRO-3 is gathered for each step and put into the model's parts."""
+    more = ("--ema_decay", "0.5")
+    one = scaled.train(folder, "grpo", None, "average-one", *more)
+    two = scaled.train(folder, "grpo", "zero3", "average-zero3", *more)
+    check_equal(one, two)
+    rest = scaled.resume(folder, "grpo", "zero3", two, *more)
+    check_resumed(two, rest)
+    assert scaled.largest_difference(two.loaded_by_stock(), load_file(two.folder / "checkpoint-3/ema.safetensors")) == 0
+    assert scaled.largest_difference(two.loaded_by_stock(), two.trained(3)) > 100 * TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["zero2", "zero3"])
+def test_a_full_fine_tune_of_shared_out_weights(folder, launcher):
+    more = ("--use_peft", "false", "--beta", "0")
+    out = folder / f"full-{launcher}"
+    scaled.train(folder, "grpo", None, f"{out.name}-one", *more)
+    scaled.train(folder, "grpo", launcher, out.name, *more)
+    scaled.resume(folder, "grpo", launcher, scaled.Run(out), *more)
+    one, two, rest, base = (
+        QwenImageTransformer2DModel.from_pretrained(place / "transformer").state_dict()
+        for place in (Path(f"{out}-one"), out, Path(f"{out}-resumed"), CHECKPOINT)
+    )
+    assert scaled.largest_difference(one, two) < TOLERANCE < scaled.largest_difference(one, base)
+    assert scaled.largest_difference(two, rest) == 0
+
+
+@pytest.mark.slow
+def test_two_launchers_as_on_two_machines_make_one_run(folder, alone):
+    one = alone("grpo")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = on_cpu(ROOT / "configs/accelerate/multi_node.yaml", folder, port=port)
+    words = scaled.words(folder, "grpo", "multi_node", "grpo-nodes")
+    machines = [
+        start(folder, *launch, "--main_process_ip", "127.0.0.1", "--machine_rank", rank, *words) for rank in (0, 1)
+    ]
+    for machine in machines:
+        finish(machine)
+    check_equal(one, scaled.Run(folder / "grpo-nodes"))
+
+
+# --- What cannot be is said before a model is loaded ---
+
+
+def test_a_full_fine_tune_with_a_reference_ends_under_zero3_before_the_model_is_loaded(folder):
+    launch = on_cpu(ROOT / "configs/accelerate/zero3.yaml", folder, processes=1)
+    words = scaled.words(folder, "grpo", "zero3", "refused")
+    process = start(folder, *launch, *words, "--use_peft", "false", "--per_device_train_batch_size", "8")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and not (folder / "refused").exists()
+    assert "error: beta > 0 has nothing to refer to: a full fine-tune needs a frozen copy of the model" in output
+    assert "Train an adapter, or use ZeRO-2" in output and "Loading pipeline" not in output
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """``settings(type, stage, **others)``: arguments as under a launcher that asks for this ZeRO stage."""
+
+    def make(config_type: type, stage: int, **others):
+        args = config_type(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none", **others)
+        args.deepspeed_plugin = DeepSpeedPlugin(zero_stage=stage) if stage else None
+        return args
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("config_type", "others", "problem"),
+    [
+        (GRPOConfig, {"beta": 0.1}, "beta > 0 has nothing to refer to"),
+        (DPOConfig, {}, "DPO has nothing to refer to"),
+        (OnlineDPOConfig, {}, "online DPO has nothing to refer to"),
+        (SFTConfig, {"ema_decay": 0.9}, "ema_decay 0.9 would keep a second, whole copy"),
+    ],
+)
+def test_what_a_full_fine_tune_cannot_do_under_zero3(settings, config_type, others, problem):
+    args = settings(config_type, 3, **others)
+    with pytest.raises(ValueError, match=problem):
+        check_zero(args, adapter=False)
+    check_zero(args, adapter=True)
+    check_zero(settings(config_type, 2, **others), adapter=False)
+    check_zero(settings(SFTConfig, 3), adapter=False)
+
+
+@pytest.mark.parametrize(
+    ("written", "stage", "problem"),
+    [
+        ((3, 2), 3, r"ZeRO-3 on 2 processes, and this run is under DeepSpeed ZeRO-3 on 1 .*--num_processes 2"),
+        ((2, 1), 3, r"ZeRO-2 on 1 processes, and this run is under DeepSpeed ZeRO-3 on 1 .*accelerate/zero2.yaml"),
+        ((2, 1), 0, r"ZeRO-2 on 1 processes, and this run is without DeepSpeed: .*zero2.yaml and --num_processes 1"),
+        (None, 2, r"written without DeepSpeed, and this run is under DeepSpeed ZeRO-2 on 1 .*ddp.yaml or single.yaml"),
+    ],
+)
+def test_a_checkpoint_of_another_sharding_is_refused_with_what_would_resume_it(
+    settings, tmp_path, written, stage, problem
+):
+    args = settings(SFTConfig, stage, resume_from_checkpoint=str(tmp_path))
+    if written:
+        note = dict(zip(("zero_stage", "processes"), written, strict=True))
+        (tmp_path / SHARDING).write_text(json.dumps(note))
+    with pytest.raises(ValueError, match=problem):
+        args.checkpoint_to_resume()
+    if written and written[1] == 1:
+        check_sharding(tmp_path, settings(SFTConfig, written[0]))
+
+
+def test_transformers_loads_its_models_whole_under_zero3(settings):
+    plugin = DeepSpeedPlugin(zero_stage=3)
+    plugin.set_deepspeed_weakref()  # as transformers' own arguments do
+    assert is_deepspeed_zero3_enabled()
+    settings(SFTConfig, 0)
+    assert not is_deepspeed_zero3_enabled()

@@ -59,7 +59,9 @@ def main() -> None:
                 try:
                     print(row(folder, algorithm, launcher, one), flush=True)
                 except (AssertionError, subprocess.TimeoutExpired) as error:
-                    last = str(error).strip().splitlines()[-1]
+                    # The launcher's own last line repeats the command; the run's last word stands before it.
+                    said = [line for line in str(error).splitlines() if "rror:" in line and "CalledProcess" not in line]
+                    last = said[-1] if said else str(error)[-200:]
                     print(f"| {algorithm} | {launcher} | NO: {last} |" + " |" * 5, flush=True)
 
 

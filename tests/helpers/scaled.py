@@ -89,29 +89,32 @@ def make_pairs(folder: Path) -> None:
     run(folder, sys.executable, ROOT / "align/generate.py", *words)
 
 
-def train(folder: Path, algorithm: str, launcher: str | None, out: str, *more: object) -> Run:
-    """``algorithm`` on one process, or on two under a shipped launcher config; pairs and cache lie in ``folder``."""
+def words(folder: Path, algorithm: str, launcher: str | None, out: str) -> list[object]:
+    """What a trainer is started with: on one process, or on two under a launcher; pairs and cache lie in ``folder``."""
     (flag, config, *settings), examples = SETTINGS[algorithm]
     (folder / "prompts.txt").write_text("a red circle\ntwo blue squares\n")
     processes = 1 if launcher is None else 2
-    words = [flag, ROOT / f"configs/tiny/{config}.yaml", *settings, *TRAIN, *REWARD, "--output_dir", out]
-    words += ["--per_device_train_batch_size", examples // 2 // processes]
+    found: list[object] = [flag, ROOT / f"configs/tiny/{config}.yaml", *settings, *TRAIN, *REWARD, "--output_dir", out]
+    found += ["--per_device_train_batch_size", examples // 2 // processes]
     if algorithm == "dpo":
-        words += ["--dataset_name", "pairs", "--eval_dataset_name", "pairs/train"]
-    if algorithm in ("sft", "dpo"):  # what is held out is evaluated when the run ends
-        words += ["--cache_dir", "cache", "--eval_prompts_name", "prompts.txt"]
-        words += ["--guard_dataset_names", "prompts.txt"] if algorithm == "dpo" else []
-    else:
-        words += ["--eval_dataset_name", "prompts.txt", "--guard_dataset_names", "prompts.txt"]
-    words += ["--use_cpu", "true"] if launcher in (None, "ddp") else []
-    words += ["--ddp_backend", "gloo"] if processes > 1 else []
-    start = [sys.executable] if launcher is None else on_cpu(ROOT / f"configs/accelerate/{launcher}.yaml", folder)
-    run(folder, *start, ROOT / f"align/{algorithm}.py", *words, *more)
+        found += ["--dataset_name", "pairs", "--eval_dataset_name", "pairs/train"]
+    # What is held out is evaluated when the run ends.
+    found += ["--eval_prompts_name" if algorithm in ("sft", "dpo") else "--eval_dataset_name", "prompts.txt"]
+    found += ["--cache_dir", "cache"] if algorithm in ("sft", "dpo") else []
+    found += ["--guard_dataset_names", "prompts.txt"] if algorithm != "sft" else []
+    found += ["--use_cpu", "true"] if launcher in (None, "ddp") else []
+    found += ["--ddp_backend", "gloo"] if processes > 1 else []
+    return [ROOT / f"align/{algorithm}.py", *found]
+
+
+def train(folder: Path, algorithm: str, launcher: str | None, out: str, *more: object) -> Run:
+    """``algorithm`` on one process, or on two under a shipped launcher config."""
+    begin = [sys.executable] if launcher is None else on_cpu(ROOT / f"configs/accelerate/{launcher}.yaml", folder)
+    run(folder, *begin, *words(folder, algorithm, launcher, out), *more)
     return Run(folder / out)
 
 
-def resume(folder: Path, algorithm: str, launcher: str, whole: Run) -> Run:
+def resume(folder: Path, algorithm: str, launcher: str, whole: Run, *more: object) -> Run:
     """Go on from the first checkpoint of ``whole``."""
-    first = f"{whole.folder.name}/checkpoint-1"
-    more = ("--save_strategy", "no", "--resume_from_checkpoint", first)
-    return train(folder, algorithm, launcher, f"{whole.folder.name}-resumed", *more)
+    first = ("--save_strategy", "no", "--resume_from_checkpoint", f"{whole.folder.name}/checkpoint-1")
+    return train(folder, algorithm, launcher, f"{whole.folder.name}-resumed", *first, *more)
