@@ -183,7 +183,12 @@ def _config_paths(argv: list[str]) -> list[Path]:
 
 
 def check_launch(args: TrainingArguments) -> None:
-    """Raise ValueError when the launcher started several processes and they did not find each other."""
+    """Raise ValueError for FSDP, and when the launcher's processes did not find each other."""
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError(
+            "the launcher asks for FSDP, under which these trainers cannot save what they train: to share the model out, "
+            "launch with configs/accelerate/zero2.yaml or zero3.yaml"
+        )
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != args.world_size:
         raise ValueError(

@@ -12,6 +12,7 @@ from launched import ROOT, finish, on_cpu, start
 from safetensors.torch import load_file
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from align.arguments import check_launch
 from align.dpo import DPOConfig
 from align.dpo_online import OnlineDPOConfig
 from align.grpo_config import GRPOConfig
@@ -202,6 +203,14 @@ def test_a_checkpoint_of_another_sharding_is_refused_with_what_would_resume_it(
         args.checkpoint_to_resume()
     if written and written[1] == 1:
         check_sharding(tmp_path, settings(SFTConfig, written[0]))
+
+
+def test_fsdp_is_refused_with_what_there_is_instead(settings, monkeypatch):
+    args = settings(SFTConfig, 0)
+    check_launch(args)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"FSDP, .* launch with configs/accelerate/zero2.yaml or zero3.yaml"):
+        check_launch(args)
 
 
 def test_transformers_loads_its_models_whole_under_zero3(settings):
