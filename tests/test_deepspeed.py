@@ -105,7 +105,7 @@ def test_the_moving_average_of_shared_out_weights(folder):
     rest = scaled.resume(folder, "grpo", "zero3", two, *more)
     check_resumed(two, rest)
     assert scaled.largest_difference(two.loaded_by_stock(), load_file(two.folder / "checkpoint-3/ema.safetensors")) == 0
-    assert scaled.largest_difference(two.loaded_by_stock(), two.trained(3)) > 100 * TOLERANCE
+    assert scaled.largest_difference(two.loaded_by_stock(), two.trained(3)) > TOLERANCE
 
 
 @pytest.mark.slow
