@@ -204,7 +204,7 @@ def test_every_row_can_be_dealt_live_or_not():
 def test_saving_and_loading_goes_on_identically(tmp_path, sampler, keep_one):
     source = buffer(keep_one=keep_one, sampler=sampler, micro_batches=4)
     source.save(tmp_path / "rollout.safetensors")
-    loaded = TransitionBuffer.load(tmp_path / "rollout.safetensors", torch.device("cpu"))
+    loaded = TransitionBuffer.load(tmp_path / "rollout.safetensors", torch.device("cpu:0"))  # as launchers say it
     for name, value in vars(source.transitions).items():
         stored = getattr(loaded.transitions, name)
         assert stored.dtype == value.dtype and torch.equal(stored, value), name
