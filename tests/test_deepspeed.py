@@ -12,6 +12,7 @@ from launched import ROOT, finish, on_cpu, start
 from safetensors.torch import load_file
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from align import checkpoints
 from align.arguments import check_launch
 from align.dpo import DPOConfig
 from align.dpo_online import OnlineDPOConfig
@@ -199,6 +200,7 @@ def test_a_checkpoint_of_another_sharding_is_refused_with_what_would_resume_it(
     if written:
         note = dict(zip(("zero_stage", "processes"), written, strict=True))
         (tmp_path / SHARDING).write_text(json.dumps(note))
+    (tmp_path / checkpoints.MANIFEST).write_text(json.dumps({"files": {}}))  # a whole checkpoint
     with pytest.raises(ValueError, match=problem):
         args.checkpoint_to_resume()
     if written and written[1] == 1:

@@ -70,7 +70,7 @@ def trainer(folder: Path, rewards: list, callback: TrainerCallback | None = None
 
 def outcome(run: GRPOTrainer) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """What was logged, but for times and the check at each start with the forwards it costs, and the weights."""
-    apart = ("seconds", "per_second", "runtime", "ratio_", "forward_equivalents")
+    apart = ("seconds", "per_second", "runtime", "memory", "ratio_", "forward_equivalents")
     log = [
         {key: value for key, value in entry.items() if not any(word in key for word in apart)}
         for entry in run.state.log_history
