@@ -94,17 +94,8 @@ class OnlineDPOTrainer(GroupTrainer):
     """Direct preference optimisation on pairs of the policy's own images, made as it goes.
 
     Args:
-        model: the policy, see :class:`align.models.base.FlowModel`, or the name of a Qwen-Image. Its present weights, an
-            adapter already loaded included, are the reference.
-        rewards: what ``rewards.load_rewards`` takes: names, mappings, or plain functions.
-        args: see :class:`OnlineDPOConfig`.
-        train_dataset: a ``prompt`` column and whatever columns the rewards ask for by name.
-        eval_dataset: held-out prompts; logged as ``eval_reward`` and ``eval_NAME``.
-        guard_datasets: further held-out prompts, watched for damage; logged as ``eval_GUARD_NAME``.
-        peft_config: train this adapter; without it the whole transformer (or the adapter already loaded).
-
-    Raises:
-        ValueError: rewards, columns and batch sizes that do not fit, before any image is drawn.
+        model: the policy; its present weights, an adapter already loaded included, are the reference.
+        args: see :class:`OnlineDPOConfig`. All others, and what is raised: see :class:`align.groups.GroupTrainer`.
     """
 
     args: OnlineDPOConfig

@@ -45,16 +45,7 @@ class GRPOTrainer(GroupTrainer):
     """Group relative policy optimisation of a flow model.
 
     Args:
-        model: the policy, see :class:`align.models.base.FlowModel`, or the name of a Qwen-Image.
-        rewards: what ``rewards.load_rewards`` takes: names, mappings, or plain functions.
-        args: see :class:`GRPOConfig`.
-        train_dataset: a ``prompt`` column and whatever columns the rewards ask for by name.
-        eval_dataset: held-out prompts; logged as ``eval_reward`` and ``eval_NAME``.
-        guard_datasets: further held-out prompts, watched for damage; logged as ``eval_GUARD_NAME``.
-        peft_config: train this adapter; without it the whole transformer (or the adapter already loaded).
-
-    Raises:
-        ValueError: rewards, columns and batch sizes that do not fit, before any image is drawn.
+        args: see :class:`GRPOConfig`. All others, and what is raised: see :class:`align.groups.GroupTrainer`.
     """
 
     args: GRPOConfig
