@@ -10,6 +10,8 @@ import glob
 import importlib.util
 import json
 import math
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,9 @@ def main(argv: list[str] | None = None) -> None:
             _print_list(args.json)
         else:
             _print_scores(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
     except (ValueError, OSError, ImportError, RewardError) as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -1,7 +1,7 @@
 """Images a second of rewards in this process, in a worker of their own and through the service; and what the way costs.
 
     python tests/bench/reward_service.py --use shapes_following --column 'spec={"n": 1, ...}' --repeats 5
-    python tests/bench/reward_service.py --use hpsv2 --use ocr --images 16
+    python tests/bench/reward_service.py --config rewards.yaml --images 4 --repeats 3
 
 The three ways take turns within each repeat, so that what else the machine does falls on all of them alike. The second
 table is the cost of the way itself, for rewards that take 50 ms an image by sleeping (as one on a GPU does) and by
@@ -26,6 +26,7 @@ from typing import Any
 from PIL import Image
 
 from rewards import Reward, load_rewards, score
+from rewards.registry import read_rewards
 
 ROOT = Path(__file__).parents[2]
 WAYS = ("in process", "worker", "service")
@@ -127,7 +128,7 @@ def main() -> None:
     """Measure and print the two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--use", action="append", default=[], help="a reward, by the name it has in a config")
-    parser.add_argument("--args", default="{}", help="JSON: name to args, for those that need some")
+    parser.add_argument("--config", type=Path, help="YAML with a list `rewards:`, as for training")
     parser.add_argument("--column", action="append", default=[], metavar="NAME=VALUE", help="JSON, for all images")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--size", type=int, default=512)
@@ -136,21 +137,21 @@ def main() -> None:
     columns = {k: [json.loads(v)] * args.images for k, v in (text.split("=", 1) for text in args.column)}
     noise = Image.frombytes("RGB", (args.size, args.size), os.urandom(3 * args.size**2))
     images = [noise.rotate(n) for n in range(args.images)]
-    settings = json.loads(args.args)
     with tempfile.TemporaryDirectory() as folder:
         known = Path(folder) / "known.py"
         known.write_text(KNOWN)
         computing = {"rounds": rounds_for(0.05, args.size)}
-        named = [
-            {"use": use, "name": use.rpartition(":")[2]} | ({"args": settings[use]} if use in settings else {})
-            for use in args.use
-        ]
+        specs = [*args.use, *(read_rewards(args.config) if args.config else [])]
+        named = [{"use": spec} if isinstance(spec, str) else dict(spec) for spec in specs]
+        named = [{"name": entry["use"].rpartition(":")[2]} | entry for entry in named]
         costs = [
             {"use": f"{known}:sleeping", "name": "sleeping 50 ms"},
             {"use": f"{known}:Computing", "name": "computing 50 ms", "args": computing},
         ]
-        with service(named + costs, folder) as url:
-            results = {e["name"]: measure(e, url, images, columns, args.repeats) for e in named + costs}
+        results = {}
+        for entry in named + costs:
+            with service([entry], folder) as url:
+                results[entry["name"]] = measure(entry, url, images, columns, args.repeats)
     print(
         f"{args.images} images of {args.size}x{args.size} a call, {args.repeats} repeats, {os.cpu_count()} CPU cores\n"
     )

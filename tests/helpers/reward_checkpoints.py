@@ -7,6 +7,8 @@ state dict is a checkpoint and their forward says what the reward must be. Only 
 import itertools
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -53,22 +55,28 @@ def write_bert_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def write_clip(folder: Path, seed: int = 0) -> Path:
+SMALL_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL_VISION = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 24,
+    "patch_size": 8,
+}
+
+
+def write_clip(
+    folder: Path, text: dict = SMALL_TEXT, vision: dict = SMALL_VISION, out: int = 20, seed: int = 0
+) -> Path:
     """A CLIP in transformers' format: model, tokenizer and image processor."""
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(write_clip_tokenizer(folder))
-    tower = {"num_hidden_layers": 2, "num_attention_heads": 2, "initializer_factor": 3.0}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = CLIPConfig(
-        text_config={
-            **tower,
-            "vocab_size": len(tokenizer),
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        },
-        vision_config={**tower, "hidden_size": 48, "intermediate_size": 96, "image_size": 24, "patch_size": 8},
-        projection_dim=20,
+        text_config={"vocab_size": len(tokenizer), **ends, **text},
+        vision_config=vision,
+        projection_dim=out,
         logit_scale_init_value=3.0,
     )
     model = CLIPModel(config)
@@ -76,16 +84,19 @@ def write_clip(folder: Path, seed: int = 0) -> Path:
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     model.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}).save_pretrained(folder)
+    side = vision["image_size"]
+    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
+        folder
+    )
     return folder
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, wider: int) -> None:
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 2 * width), "c_proj": nn.Linear(2 * width, width)})
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, wider * width), "c_proj": nn.Linear(wider * width, width)})
 
     def forward(self, x, mask=None):
         y = self.ln_1(x)
@@ -94,20 +105,20 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width: int, heads: int, layers: int) -> None:
+    def __init__(self, width: int, heads: int, layers: int, wider: int) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList([Block(width, heads) for _ in range(layers)])
+        self.resblocks = nn.ModuleList([Block(width, heads, wider) for _ in range(layers)])
 
 
 class Visual(nn.Module):
-    def __init__(self, width: int, side: int, patch: int, out: int) -> None:
+    def __init__(self, width: int, layers: int, side: int, patch: int, out: int, wider: int) -> None:
         super().__init__()
         self.class_embedding = nn.Parameter(torch.randn(width))
         self.positional_embedding = nn.Parameter(torch.randn((side // patch) ** 2 + 1, width))
         self.proj = nn.Parameter(torch.randn(width, out))
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.transformer = Transformer(width, width // 80, 2)
+        self.transformer = Transformer(width, width // 80, layers, wider)
 
     def forward(self, pixels):
         x = self.conv1(pixels).flatten(2).transpose(1, 2)
@@ -118,18 +129,34 @@ class Visual(nn.Module):
         return self.ln_post(x[:, 0]) @ self.proj
 
 
+@dataclass(frozen=True)
+class ClipSizes:
+    """Widths and layers of the image and of the text tower; the feed-forward layers are `wider` times as wide."""
+
+    image: tuple[int, int] = (160, 2)
+    text: tuple[int, int] = (128, 2)
+    wider: int = 2
+    side: int = 28
+    patch: int = 7
+    length: int = 77
+    out: int = 20
+
+
+SMALL_CLIP = ClipSizes()
+
+
 class OpenClip(nn.Module):
     """open_clip's CLIP with heads as wide as those of ViT-H/14: 80 in the image tower, 64 in the text tower."""
 
-    def __init__(self, vocabulary: int, side: int = 28, patch: int = 7, length: int = 77, out: int = 20) -> None:
+    def __init__(self, vocabulary: int, sizes: ClipSizes) -> None:
         super().__init__()
-        width = 128
-        self.visual = Visual(160, side, patch, out)
+        (width, layers), out, length = sizes.text, sizes.out, sizes.length
+        self.visual = Visual(*sizes.image, sizes.side, sizes.patch, out, sizes.wider)
         self.positional_embedding = nn.Parameter(torch.randn(length, width))
         self.text_projection = nn.Parameter(torch.randn(width, out))
         self.logit_scale = nn.Parameter(torch.tensor(4.6))
         self.token_embedding = nn.Embedding(vocabulary, width)
-        self.transformer = Transformer(width, width // 64, 2)
+        self.transformer = Transformer(width, width // 64, layers, sizes.wider)
         self.ln_final = nn.LayerNorm(width)
 
     def forward(self, pixels, ids):
@@ -142,9 +169,9 @@ class OpenClip(nn.Module):
         return F.cosine_similarity(self.visual(pixels), text)
 
 
-def write_hpsv2(file: Path, vocabulary: int, seed: int = 0) -> OpenClip:
+def write_hpsv2(file: Path, vocabulary: int, sizes: ClipSizes = SMALL_CLIP, seed: int = 0) -> OpenClip:
     torch.manual_seed(seed)
-    model = OpenClip(vocabulary)
+    model = OpenClip(vocabulary, sizes)
     torch.save({"state_dict": model.state_dict(), "epoch": 1}, file)
     return model.eval()
 
@@ -161,52 +188,68 @@ def bert_part(width: int, keys: int) -> nn.ModuleDict:
     return nn.ModuleDict({"self": nn.ModuleDict(layers), "output": nn.ModuleDict(out)})
 
 
+@dataclass(frozen=True)
+class BlipSizes:
+    """Widths and layers of the image and of the text tower; the head's layers after the text tower's width."""
+
+    image: tuple[int, int] = (128, 2)
+    text: tuple[int, int] = (64, 2)
+    wider: int = 2
+    side: int = 32
+    patch: int = 8
+    length: int = 64
+    head: tuple[int, ...] = (24, 16, 12, 8, 1)
+
+
+SMALL_BLIP = BlipSizes()
+
+
 class Blip(nn.Module):
     """ImageReward: timm's vision tower, BERT with cross-attention, the head; heads are 64 wide."""
 
-    def __init__(self, vocabulary: int, side: int = 32, patch: int = 8) -> None:
+    def __init__(self, vocabulary: int, sizes: BlipSizes) -> None:
         super().__init__()
-        wide, width = 128, 64
+        (wide, layers), (width, text_layers), patch, wider = sizes.image, sizes.text, sizes.patch, sizes.wider
         self.heads = {"vision": wide // 64, "text": width // 64}
         vision = nn.Module()
         vision.cls_token = nn.Parameter(torch.randn(1, 1, wide))
-        vision.pos_embed = nn.Parameter(torch.randn(1, (side // patch) ** 2 + 1, wide))
+        vision.pos_embed = nn.Parameter(torch.randn(1, (sizes.side // patch) ** 2 + 1, wide))
         vision.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, wide, patch, stride=patch)})
-        vision.blocks = nn.ModuleList([self.vision_block(wide) for _ in range(2)])
+        vision.blocks = nn.ModuleList([self.vision_block(wide, wider) for _ in range(layers)])
         vision.norm = nn.LayerNorm(wide, eps=1e-6)
         text = nn.Module()
         text.embeddings = nn.ModuleDict(
             {
                 "word_embeddings": nn.Embedding(vocabulary, width),
-                "position_embeddings": nn.Embedding(64, width),
+                "position_embeddings": nn.Embedding(sizes.length, width),
                 "LayerNorm": nn.LayerNorm(width, eps=1e-12),
             }
         )
-        text.embeddings.register_buffer("position_ids", torch.arange(64)[None])
-        text.encoder = nn.ModuleDict({"layer": nn.ModuleList([self.text_block(width, wide) for _ in range(2)])})
+        text.embeddings.register_buffer("position_ids", torch.arange(sizes.length)[None])
+        blocks = [self.text_block(width, wide, wider) for _ in range(text_layers)]
+        text.encoder = nn.ModuleDict({"layer": nn.ModuleList(blocks)})
         unused = {"vision_proj": nn.Linear(wide, 8), "text_proj": nn.Linear(width, 8)}
         self.blip = nn.ModuleDict({"visual_encoder": vision, "text_encoder": text, **unused})
-        sizes = [width, 24, 16, 12, 8, 1]
-        linear = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
+        linear = [nn.Linear(a, b) for a, b in itertools.pairwise((width, *sizes.head))]
         idle = nn.Dropout(0.2)
         layers = nn.Sequential(linear[0], idle, linear[1], idle, linear[2], idle, linear[3], linear[4])
         self.mlp = nn.ModuleDict({"layers": layers})
 
     @staticmethod
-    def vision_block(width: int) -> nn.ModuleDict:
+    def vision_block(width: int, wider: int) -> nn.ModuleDict:
         attention = {"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)}
-        mlp = {"fc1": nn.Linear(width, 2 * width), "fc2": nn.Linear(2 * width, width)}
+        mlp = {"fc1": nn.Linear(width, wider * width), "fc2": nn.Linear(wider * width, width)}
         norms = {f"norm{n}": nn.LayerNorm(width, eps=1e-6) for n in (1, 2)}
         return nn.ModuleDict({**norms, "attn": nn.ModuleDict(attention), "mlp": nn.ModuleDict(mlp)})
 
     @staticmethod
-    def text_block(width: int, keys: int) -> nn.ModuleDict:
-        out = {"dense": nn.Linear(2 * width, width), "LayerNorm": nn.LayerNorm(width, eps=1e-12)}
+    def text_block(width: int, keys: int, wider: int) -> nn.ModuleDict:
+        out = {"dense": nn.Linear(wider * width, width), "LayerNorm": nn.LayerNorm(width, eps=1e-12)}
         return nn.ModuleDict(
             {
                 "attention": bert_part(width, width),
                 "crossattention": bert_part(width, keys),
-                "intermediate": nn.ModuleDict({"dense": nn.Linear(width, 2 * width)}),
+                "intermediate": nn.ModuleDict({"dense": nn.Linear(width, wider * width)}),
                 "output": nn.ModuleDict(out),
             }
         )
@@ -238,9 +281,9 @@ class Blip(nn.Module):
         return (self.mlp["layers"](x[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072
 
 
-def write_imagereward(file: Path, vocabulary: int, seed: int = 0) -> Blip:
+def write_imagereward(file: Path, vocabulary: int, sizes: BlipSizes = SMALL_BLIP, seed: int = 0) -> Blip:
     torch.manual_seed(seed)
-    model = Blip(vocabulary).eval()
+    model = Blip(vocabulary, sizes).eval()
     for parameter in model.parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
@@ -248,10 +291,10 @@ def write_imagereward(file: Path, vocabulary: int, seed: int = 0) -> Blip:
     return model
 
 
-def write_head(file: Path, width: int, seed: int = 0) -> nn.Sequential:
+def write_head(file: Path, width: int, sizes: Sequence[int] = (16, 12, 8, 4, 1), seed: int = 0) -> nn.Sequential:
     """LAION's head: five linear layers, dropout between them, in the authors' .pth."""
     torch.manual_seed(seed)
-    linear = [nn.Linear(a, b) for a, b in ((width, 16), (16, 12), (12, 8), (8, 4), (4, 1))]
+    linear = [nn.Linear(a, b) for a, b in itertools.pairwise((width, *sizes))]
     idle = nn.Dropout(0.2)
     layers = nn.Sequential(linear[0], idle, linear[1], idle, linear[2], idle, linear[3], linear[4]).eval()
     torch.save({f"layers.{name}": value for name, value in layers.state_dict().items()}, file)

@@ -17,9 +17,8 @@ from transformers import (
 LABELS = ("person", "bicycle", "sofa")
 
 
-def write_detector(folder: Path, sure_of: str | None = None) -> Path:
-    """A Mask2Former of three classes; `sure_of`: every one of its six queries says this class with certainty."""
-    torch.manual_seed(0)
+def small_detector() -> Mask2FormerConfig:
+    """A Mask2Former of three classes and six queries."""
     swin = SwinConfig(
         image_size=64,
         embed_dim=8,
@@ -28,7 +27,7 @@ def write_detector(folder: Path, sure_of: str | None = None) -> Path:
         window_size=4,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
-    config = Mask2FormerConfig(
+    return Mask2FormerConfig(
         backbone_config=swin,
         feature_size=32,
         mask_feature_size=32,
@@ -41,12 +40,18 @@ def write_detector(folder: Path, sure_of: str | None = None) -> Path:
         num_queries=6,
         id2label=dict(enumerate(LABELS)),
     )
-    model = Mask2FormerForUniversalSegmentation(config)
+
+
+def write_detector(folder: Path, sure_of: str | None = None, config: Mask2FormerConfig | None = None) -> Path:
+    """A Mask2Former, small where no config is given; `sure_of`: its every query says this class with certainty."""
+    torch.manual_seed(0)
+    model = Mask2FormerForUniversalSegmentation(config or small_detector())
     if sure_of is not None:
         with torch.no_grad():
             model.class_predictor.bias[LABELS.index(sure_of)] += 20
     model.save_pretrained(folder)
-    settings = {"image_processor_type": "Mask2FormerImageProcessor", "size": {"height": 64, "width": 64}}
+    side = model.config.backbone_config.image_size
+    settings = {"image_processor_type": "Mask2FormerImageProcessor", "size": {"height": side, "width": side}}
     settings |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "ignore_index": 255}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     AutoImageProcessor.from_pretrained(folder)  # it can be read back

@@ -1,6 +1,7 @@
 """``python -m rewards``: the listing, and scores from the shell."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,14 @@ def test_every_built_in_is_listed_with_what_it_needs():
     rows = {row["name"]: row for row in json.loads(run("list", "--json").stdout)}
     assert list(rows) == list(BUILTINS)
     assert rows["shapes_exact"]["runs"] == "yes" and "spec" in rows["shapes_exact"]["columns"]
+
+
+def test_the_list_into_a_pipe_that_is_closed_ends_in_silence():
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run([sys.executable, "-m", "rewards", "list"], cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert ended.returncode == 0 and b"Broken pipe" not in ended.stderr
 
 
 def test_a_built_in_whose_package_is_missing_cannot_run_here(monkeypatch, capsys):
