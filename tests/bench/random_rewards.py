@@ -2,8 +2,8 @@
 
     python tests/bench/random_rewards.py FOLDER
 
-Writes about 14 GB into FOLDER, and prints the YAML that names them: a config of tests/bench/reward_service.py. The
-scores mean nothing, and GenEval's detector finds nothing; the work is that of the published checkpoints.
+Writes 11 GB into FOLDER, and FOLDER/rewards.yaml that names them, for tests/bench/reward_service.py --config. The scores
+mean nothing, and GenEval's detector finds nothing; the work is that of the published checkpoints.
 """
 
 import argparse
@@ -67,7 +67,9 @@ def main() -> None:
         "geneval": {"detector": detector, "clip": large},
     }
     entries = [{"use": use, "args": {key: str(path) for key, path in paths.items()}} for use, paths in args.items()]
-    print(yaml.safe_dump({"rewards": entries}, sort_keys=False), end="")
+    config = folder / "rewards.yaml"
+    config.write_text(yaml.safe_dump({"rewards": entries}, sort_keys=False))
+    print(config)
 
 
 if __name__ == "__main__":
