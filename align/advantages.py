@@ -127,6 +127,22 @@ def group_advantages(
     return GroupAdvantages(advantages.float().flatten(), live.flatten(), total.float(), dead)
 
 
+def extremes(group: GroupAdvantages, num_generations: int, keep: int) -> GroupAdvantages:
+    """The same with only ``keep`` live images a group: half with the highest advantages, half with the lowest.
+
+    The odd one is a best one. The rest have advantage 0 and carry no gradient, as in DanceGRPO's best-of-N
+    (arXiv 2505.07818); advantages are those of the whole group. Of equal images the first.
+    """
+    values, live = group.advantages.view(-1, num_generations), group.live.view(-1, num_generations)
+
+    def first(scores: Tensor, count: int) -> Tensor:
+        places = scores.masked_fill(~live, torch.inf).argsort(stable=True, dim=1).argsort(dim=1)
+        return places < count
+
+    kept = live & (first(-values, keep - keep // 2) | first(values, keep // 2))
+    return group._replace(advantages=values.masked_fill(~kept, 0.0).flatten(), live=kept.flatten())
+
+
 class BestWorst(NamedTuple):
     """Result of :func:`best_worst`.
 

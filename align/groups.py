@@ -158,10 +158,10 @@ class GroupTrainer(FlowTrainer):
 
     # -- a rollout and its scores -----------------------------------------------------------------------------------
 
-    def sample(self, rows: list[dict[str, Any]], update: int, shared_start: bool = False) -> Sampled:
+    def sample(self, rows: list[dict[str, Any]], update: int, num_prefixes: int | None = None) -> Sampled:
         """This process's images, one for each of ``rows``, and the scores of all processes' images.
 
-        ``shared_start``: a group has one initial noise.
+        ``num_prefixes``: how many initial noises a group has, where not each image its own.
         """
         args = self.args
         with Scoring(self.rewards, rows, self.accelerator.device) as scoring:
@@ -169,7 +169,7 @@ class GroupTrainer(FlowTrainer):
                 result = rollout(
                     self.flow,
                     [row["prompt"] for row in rows],
-                    self._image_keys(update, len(rows), shared_start),
+                    self._image_keys(update, len(rows), num_prefixes),
                     args.plan(update),
                     transformer=self.model_wrapped,
                     show_progress=self.is_world_process_zero() and not args.disable_tqdm,
@@ -190,11 +190,12 @@ class GroupTrainer(FlowTrainer):
         """(images, rewards) of all processes, from this one's."""
         return self.accelerator.gather(values.contiguous().to(self.accelerator.device)).cpu()
 
-    def _image_keys(self, update: int, images: int, shared_start: bool) -> list[ImageKey]:
+    def _image_keys(self, update: int, images: int, num_prefixes: int | None) -> list[ImageKey]:
         """Keys of this process's images by their place in the whole rollout, whatever the number of processes."""
         group, first = self.args.num_generations, self.args.process_index * images
-        shared = 0 if shared_start else None
-        return [ImageKey(self.args.seed, update, i // group, i % group, shared) for i in range(first, first + images)]
+        places = [(i // group, i % group) for i in range(first, first + images)]
+        starts = num_prefixes or group
+        return [ImageKey(self.args.seed, update, prompt, sample, sample % starts) for prompt, sample in places]
 
     def _save_rollout(self, rows: list[dict[str, Any]], result: Rollout, rewards: Tensor, update: int) -> None:
         """Append this process's groups to ``output_dir/rollouts``; a resumed run finds those that are there."""

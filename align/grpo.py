@@ -12,7 +12,9 @@ Deviations from the report:
 
 - log-probabilities and KL average over latent dimensions, as every public implementation does, so that published
   clip ranges carry over; ``log_prob_reduction: sum`` is the report's eq. 5;
-- only ``sde_window_size`` steps may be stochastic and trained (Flow-GRPO-Fast, MixGRPO); all steps by default;
+- only ``sde_window_size`` steps may be stochastic and trained (Flow-GRPO-Fast, MixGRPO); all steps by default; images
+  of a group may share their initial noise, and then the steps before the window are computed once (``num_prefixes``);
+- only the best and the worst images of a group may be trained (DanceGRPO; ``num_trained``); all by default;
 - the group's standard deviation is the sample one (n - 1), as in TRL;
 - a group whose rewards are all equal is not run through the model, so it adds no KL either; the mean is still taken
   over all images, dead ones counting 0;
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.advantages import group_advantages
+from align.advantages import extremes, group_advantages
 from align.buffer import MicroBatch, TransitionBuffer
 from align.data_arguments import DataArguments
 from align.flow import Transition
@@ -62,7 +64,7 @@ class GRPOTrainer(GroupTrainer):
 
     def generate(self, rows: list[dict[str, Any]], update: int) -> TransitionBuffer:
         args = self.args
-        result, rewards, weights = self.sample(rows, update, args.shared_initial_noise)
+        result, rewards, weights = self.sample(rows, update, args.num_prefixes)
         group = group_advantages(
             rewards,
             args.num_generations,
@@ -72,6 +74,8 @@ class GRPOTrainer(GroupTrainer):
             clip=args.advantage_clip,
         )
         self.record_rewards(rewards, group.rewards, group.dead_groups)
+        if args.num_trained is not None:
+            group = extremes(group, args.num_generations, args.num_trained)
         first = args.process_index * len(rows)
         buffer = TransitionBuffer(
             transitions=Transition.cat(result.transitions),

@@ -1,13 +1,15 @@
 """Settings of GRPO, named as in TRL and Flow-GRPO, and the sums that batch sizes must satisfy."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from align.advantages import Aggregation, ScaleRewards
 from align.flow import Reduction, SDEType, StochasticSampler
 from align.flow_config import setting
 from align.group_config import GroupConfig
 from align.rollout import SamplingPlan, seeded_noise
+
+WindowSchedule = Literal["random", "sliding"]
 
 
 @dataclass
@@ -27,9 +29,23 @@ class GRPOConfig(GroupConfig):
     sde_window_size: int | None = setting(None, "How many steps are stochastic and trained. Default: all.")
     sde_window_range: list[int] | None = setting(
         None,
-        "[first, end): the window's start is drawn once per rollout so that it fits in here. Default: its start is step 0.",
+        "[first, end): where the window may lie, as sde_window_schedule says. Default: it starts at step 0.",
     )
-    shared_initial_noise: bool = setting(False, "All images of a group start from the same noise.")
+    sde_window_schedule: WindowSchedule = setting(
+        "random",
+        "In sde_window_range: random (drawn once per rollout, for all images) or sliding (from its first step to its "
+        "last, and again), as MixGRPO does.",
+    )
+    sde_window_interval: int = setting(25, "Sliding: rollouts before the window moves.")
+    sde_window_stride: int = setting(1, "Sliding: steps by which it moves.")
+    num_prefixes: int | None = setting(
+        None,
+        "Different initial noises in a group. Images that have one in common are the same up to the window, and those "
+        "steps are computed once for all of them. Default: one for each image.",
+    )
+    num_trained: int | None = setting(
+        None, "Images of a group that are trained: half of them its best, half its worst. Default: all."
+    )
 
     # Objective.
     epsilon: float = setting(1e-4, "Clip range below 1. Per latent dimension with log_prob_reduction: mean.")
@@ -51,13 +67,22 @@ class GRPOConfig(GroupConfig):
         super().__post_init__()
         self.check_choices(
             sde_type=SDEType,
+            sde_window_schedule=WindowSchedule,
             scale_rewards=ScaleRewards,
             multi_objective_aggregation=Aggregation,
             log_prob_reduction=Reduction,
         )
         self.check_positive("epsilon", "epsilon_high", "noise_level", "consistency_tolerance", "advantage_clip")
         self.check_least("beta", 0)
+        for name in ("sde_window_interval", "sde_window_stride"):
+            self.check_least(name, 1)
         self._check_window()
+        for name, least in (("num_prefixes", 1), ("num_trained", 2)):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= self.num_generations:
+                raise ValueError(
+                    f"{name} {value} must lie within [{least}, {self.num_generations}], which is num_generations"
+                )
         StochasticSampler(self.noise_level, self.sde_type, log_prob_reduction=self.log_prob_reduction)
 
     def wants_reference(self) -> str | None:
@@ -104,11 +129,13 @@ class GRPOConfig(GroupConfig):
         return self.sde_window_range[0], self.sde_window_range[1]
 
     def sde_steps(self, update: int) -> tuple[int, ...]:
-        """The stochastic steps of a rollout: one draw for all images and processes, or groups would not compare."""
+        """The stochastic steps of a rollout: the same for all images and processes, or groups would not compare."""
         first, end = self._window_range()
         starts = end - first - self.window_size + 1
-        scores = seeded_noise((self.seed, update, "sde_window"), (starts,))
-        start = first + int(scores.argmax())
+        if self.sde_window_schedule == "sliding":
+            start = first + update // self.sde_window_interval * self.sde_window_stride % starts
+        else:
+            start = first + int(seeded_noise((self.seed, update, "sde_window"), (starts,)).argmax())
         return tuple(range(start, start + self.window_size))
 
     def plan(self, update: int) -> SamplingPlan:
@@ -126,7 +153,7 @@ class GRPOConfig(GroupConfig):
             *("seed", "data_seed", "num_generations", "generation_batch_size", "num_iterations", "world_size"),
             *("per_device_train_batch_size", "gradient_accumulation_steps", "height", "width", "num_inference_steps"),
             *("guidance_scale", "negative_prompt", "noise_level", "sde_type", "sde_window_size", "sde_window_range"),
-            *("shared_initial_noise", "log_prob_reduction"),
+            *("sde_window_schedule", "sde_window_interval", "sde_window_stride", "num_prefixes", "log_prob_reduction"),
         )
         return {name: getattr(self, name) for name in names}
 

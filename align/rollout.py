@@ -79,6 +79,11 @@ class SamplingPlan:
         return StochasticSampler(self.noise_level, self.sde_type, float(sigmas[1]), self.log_prob_reduction)
 
     @property
+    def steps_before_noise(self) -> int:
+        """ODE steps ahead of the first stochastic one: images with the same initial noise are the same up to there."""
+        return min(self.sde_steps) if self.sde_steps and self.noise_level > 0 else 0
+
+    @property
     def forwards_per_velocity(self) -> int:
         return 2 if self.guidance_scale > 1 else 1
 
@@ -144,58 +149,80 @@ def rollout(
     """
     sigmas = model.sigmas(plan.num_inference_steps, plan.height, plan.width).to(model.device)
     conditions = model.encode_prompts(prompts)
-    velocity = velocity_fn(model, plan, transformer)
     shape = model.latent_shape(plan.height, plan.width)
+    if initial_latents is None:
+        distinct, branch = _distinct_starts(keys)
+        starts = torch.stack([seeded_noise(keys[row].initial(), shape) for row in distinct])
+    else:
+        distinct = branch = list(range(len(prompts)))
+        starts = initial_latents
+    shared = plan.steps_before_noise if len(distinct) < len(prompts) else 0
+    apart = plan.num_inference_steps - shared
+    size = plan.batch_size
     latents, images, records = [], [], []
-    chunks = [slice(i, i + plan.batch_size) for i in range(0, len(prompts), plan.batch_size)]
-    with tqdm(
-        total=len(chunks) * plan.num_inference_steps, desc="rollout", leave=False, disable=not show_progress
-    ) as bar:
-        for rows in chunks:
-            start = (
-                initial_latents[rows].float()
-                if initial_latents is not None
-                else torch.stack([seeded_noise(key.initial(), shape) for key in keys[rows]])
-            )
-            final, transitions = _denoise(
-                velocity, start.to(model.device), sigmas, conditions[rows], keys[rows], plan, bar.update
+    calls = -(-len(distinct) // size) * shared + -(-len(prompts) // size) * apart
+    with tqdm(total=calls, desc="rollout", leave=False, disable=not show_progress) as bar:
+        denoise = _Denoiser(velocity_fn(model, plan, transformer), sigmas, plan, bar.update)
+        if shared:
+            begun = []
+            for start in range(0, len(distinct), size):
+                rows = distinct[start : start + size]
+                here = [conditions[row] for row in rows], [keys[row] for row in rows]
+                begun.append(denoise(starts[start : start + size], *here, range(shared))[0])
+            starts = torch.cat(begun)
+        for start in range(0, len(prompts), size):
+            chunk = slice(start, start + size)
+            final, transitions = denoise(
+                starts[branch[chunk]], conditions[chunk], keys[chunk], range(shared, plan.num_inference_steps)
             )
             latents.append(final)
             records.append(transitions)
             decoded = model.decode_latents(final, plan.height, plan.width)
             images += decoded
             if on_images is not None:
-                on_images(rows, decoded)
+                on_images(chunk, decoded)
     return Rollout(
         latents=torch.cat(latents),
         images=images,
         steps=plan.sde_steps,
         transitions=[Transition.cat(list(parts)) for parts in zip(*records, strict=True)],
         sampler=plan.sampler(sigmas),
-        forwards=len(prompts) * plan.num_inference_steps * plan.forwards_per_velocity,
+        forwards=(len(distinct) * shared + len(prompts) * apart) * plan.forwards_per_velocity,
     )
 
 
-def _denoise(
-    velocity: Velocity,
-    latents: Tensor,
-    sigmas: Tensor,
-    conditions: list[Any],
-    keys: list[ImageKey],
-    plan: SamplingPlan,
-    tick: Callable[[], Any],
-) -> tuple[Tensor, list[Transition]]:
-    """One chunk from noise to clean latents; an SDE step on ``plan.sde_steps``, an ODE step elsewhere."""
-    sampler, transitions = plan.sampler(sigmas), []
-    for step in range(plan.num_inference_steps):
-        sigma, sigma_next = sigmas[step].expand(len(latents)), sigmas[step + 1].expand(len(latents))
-        v = velocity(latents, sigma, conditions)
-        if step in plan.sde_steps and plan.noise_level > 0:
-            noise = torch.stack([seeded_noise(key.step(step), latents.shape[1:]) for key in keys])
-            record = sampler.transition(latents, v, sigma, sigma_next, noise=noise.to(latents.device))
-            transitions.append(record)
-            latents = record.next_latents
-        else:
-            latents = ode_step(latents, v, sigma, sigma_next)
-        tick()
-    return latents, transitions
+def _distinct_starts(keys: list[ImageKey]) -> tuple[list[int], list[int]]:
+    """The first row of each initial noise; and of every row, which of those it starts from."""
+    places: dict[tuple[int | str, ...], int] = {}
+    branch = [places.setdefault(key.initial(), len(places)) for key in keys]
+    return [branch.index(place) for place in range(len(places))], branch
+
+
+@dataclass(frozen=True)
+class _Denoiser:
+    """Steps of a chunk's latents towards clean ones."""
+
+    velocity: Velocity
+    sigmas: Tensor
+    plan: SamplingPlan
+    tick: Callable[[], Any]
+
+    def __call__(
+        self, latents: Tensor, conditions: list[Any], keys: list[ImageKey], steps: range
+    ) -> tuple[Tensor, list[Transition]]:
+        """An SDE step on ``plan.sde_steps``, with its record, an ODE step elsewhere."""
+        plan, sigmas = self.plan, self.sigmas
+        latents = latents.float().to(sigmas.device)
+        sampler, transitions = plan.sampler(sigmas), []
+        for step in steps:
+            sigma, sigma_next = sigmas[step].expand(len(latents)), sigmas[step + 1].expand(len(latents))
+            v = self.velocity(latents, sigma, conditions)
+            if step in plan.sde_steps and plan.noise_level > 0:
+                noise = torch.stack([seeded_noise(key.step(step), latents.shape[1:]) for key in keys])
+                record = sampler.transition(latents, v, sigma, sigma_next, noise=noise.to(latents.device))
+                transitions.append(record)
+                latents = record.next_latents
+            else:
+                latents = ode_step(latents, v, sigma, sigma_next)
+            self.tick()
+        return latents, transitions

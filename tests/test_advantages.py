@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from align.advantages import best_worst, combine_rewards, group_advantages
+from align.advantages import best_worst, combine_rewards, extremes, group_advantages
 from preference_data.images import ImageSource
 from preference_data.pairs import build_pairs
 from preference_data.schemas import Ranked
@@ -406,3 +406,27 @@ def test_a_reward_that_weighs_nothing_in_a_group_is_not_compared_there():
 def test_weights_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"weights of shape .* for 2 rewards of 4 images"):
         group_advantages(torch.rand(4, 2), 2, torch.ones(shape))
+
+
+# --- The best and the worst of a group ---
+
+
+def test_extremes_keep_half_best_and_half_worst_of_the_live():
+    scores = torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0, torch.nan] + [7.0] * 6 + [0.0, 0.0, 1.0, 1.0, 2.0, 2.0])
+    group = group_advantages(scores, 6)
+    kept = extremes(group, 6, 3)
+    assert kept.live.view(3, 6).tolist() == [
+        [False, True, False, True, True, False],  # 5 and 4, and 1; what has no score is neither
+        [False] * 6,
+        [True, False, False, False, True, True],  # of equal ones the first
+    ]
+    assert torch.equal(kept.advantages[kept.live], group.advantages[kept.live])
+    assert not kept.advantages[~kept.live].any()
+    assert kept.dead_groups == group.dead_groups and kept.rewards.nan_to_num().equal(group.rewards.nan_to_num())
+
+
+@pytest.mark.parametrize("keep", [5, 6])
+def test_extremes_of_fewer_images_than_are_kept_are_all_of_them(keep):
+    group = group_advantages(torch.tensor([3.0, 1.0, torch.nan, 5.0, 4.0, 2.0]), 6)
+    kept = extremes(group, 6, keep)
+    assert torch.equal(kept.live, group.live) and torch.equal(kept.advantages, group.advantages)

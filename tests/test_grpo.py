@@ -253,6 +253,18 @@ def test_a_half_dead_rollout_trains_the_live_half_only(tmp_path):
     assert history(run, "forward_equivalents") == [32 + 16 + 3 * 8]
 
 
+def test_a_shared_prefix_and_fewer_trained_images_cost_what_they_say(tmp_path):
+    window = {"sde_window_range": [2, 3], "sde_window_size": 1, "per_device_train_batch_size": 8}
+    run = trainer(tmp_path, max_steps=1, num_prefixes=2, num_trained=2, **window)
+    before = weights(run)
+    run.train()
+    # Two groups of two starts each run the two steps before the window, all eight images the other two; the gate
+    # replays all, and two images of each group are trained.
+    assert history(run, "forward_equivalents") == [2 * 2 * 2 + 8 * 2 + 8 + 3 * 4]
+    assert history(run, "dead_groups") == [0.0] and history(run, "ratio_deviation_at_start")[0] < 1e-5
+    assert largest_difference(before, weights(run)) > 0
+
+
 def test_unscored_images_carry_no_gradient(tmp_path):
     def not_the_first(images, prompts):
         return [None, *brightness(images, prompts)[1:]]

@@ -79,6 +79,34 @@ def test_the_draw_is_a_function_of_seed_and_update_alone():
     assert [config(**window).sde_steps(update)[0] for update in reversed(range(300))] == drawn[::-1]
 
 
+def test_a_sliding_window_moves_by_its_stride_and_begins_again():
+    window = {"sde_window_size": 2, "sde_window_range": [1, 7], "sde_window_schedule": "sliding"}
+    assert (
+        starts(config(**window, sde_window_interval=3), updates=18)
+        == [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3 + [5] * 3 + [1] * 3
+    )
+    strides = starts(config(**window, sde_window_interval=1, sde_window_stride=2), updates=6)
+    assert strides == [1, 3, 5, 2, 4, 1]
+    assert set(starts(config(**{**window, "sde_window_range": None}))) == {0}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"sde_window_schedule": "slide"}, "sde_window_schedule must be one of random, sliding, found 'slide'"),
+        ({"sde_window_interval": 0}, "sde_window_interval"),
+        ({"sde_window_stride": 0}, "sde_window_stride"),
+        ({"num_prefixes": 0}, r"num_prefixes 0 must lie within \[1, 4\], which is num_generations"),
+        ({"num_prefixes": 5}, r"num_prefixes 5 must lie within \[1, 4\]"),
+        ({"num_trained": 1}, r"num_trained 1 must lie within \[2, 4\]"),
+        ({"num_trained": 5}, r"num_trained 5 must lie within \[2, 4\]"),
+    ],
+)
+def test_windows_prefixes_and_trained_images_that_make_no_sense_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        config(**overrides)
+
+
 def test_another_seed_draws_other_windows():
     window = {"sde_window_size": 2, "sde_window_range": [0, 9]}
     same = sum(a == b for a, b in zip(starts(config(**window)), starts(config(**window, seed=6)), strict=True))

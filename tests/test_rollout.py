@@ -47,6 +47,32 @@ def test_a_shared_start_shares_the_initial_noise_only(tiny):
     assert not torch.allclose(second[0], second[2], atol=1e-2)
 
 
+@pytest.mark.parametrize(("starts", "guidance_scale", "size"), [(1, 1.0, 4), (2, 1.0, 16), (2, 3.0, 1), (3, 1.0, 2)])
+def test_steps_before_the_window_are_computed_once_for_images_with_one_start(tiny, starts, guidance_scale, size):
+    keys = [ImageKey(0, 4, i // 3, i % 3, noise_sample=i % starts) for i in range(6)]
+    plan = replace(PLAN, sde_steps=(2, 3), guidance_scale=guidance_scale, batch_size=size)
+    drawn = rollout(tiny, PROMPTS, keys, plan)
+    saved = (6 - 2 * starts) * 2  # prompts x starts, of the two steps before the window
+    assert drawn.forwards == (6 * 5 - saved) * (2 if guidance_scale > 1 else 1)
+    for row, (prompt, key) in enumerate(zip(PROMPTS, keys, strict=True)):  # a call of its own shares nothing
+        alone = rollout(tiny, [prompt], [key], plan)
+        assert alone.forwards == 5 * plan.forwards_per_velocity
+        assert (drawn.latents[row] - alone.latents[0]).abs().max() < 1e-4
+        for together, one in zip(drawn.transitions, alone.transitions, strict=True):
+            assert (together.next_latents[row] - one.next_latents[0]).abs().max() < 1e-4
+            assert together.log_prob[row] == pytest.approx(one.log_prob[0].item(), abs=1e-4)
+    first = drawn.transitions[0].latents
+    assert torch.equal(first[0], first[starts % 3]) and not torch.allclose(first[0], first[3], atol=1e-2)
+
+
+def test_images_that_start_alike_and_have_no_noise_are_still_all_drawn(tiny):
+    keys = [ImageKey(0, 4, i // 3, i % 3, noise_sample=0) for i in range(6)]
+    drawn = rollout(tiny, PROMPTS, keys, replace(PLAN, sde_steps=(), noise_level=0.0))
+    assert drawn.forwards == 6 * 5 and len(drawn.images) == 6
+    given = rollout(tiny, PROMPTS, keys, replace(PLAN, sde_steps=(2,)), initial_latents=drawn.latents)
+    assert given.forwards == 6 * 5  # latents that were given are taken as they are
+
+
 def test_only_the_named_steps_are_stochastic_and_recorded(tiny):
     drawn = rollout(tiny, PROMPTS, KEYS, replace(PLAN, sde_steps=(1, 3)))
     sigmas = tiny.sigmas(5, 64, 64)
