@@ -1,12 +1,16 @@
 """The shipped launcher configs on two CPU processes, with real DeepSpeed: against one process, resumed, and exported."""
 
 import json
+import os
+import pickle
+import shutil
 import socket
 from itertools import product
 from pathlib import Path
 
 import pytest
 import scaled
+import torch
 from accelerate.utils import DeepSpeedPlugin
 from diffusers import QwenImageTransformer2DModel
 from launched import ROOT, finish, on_cpu, start
@@ -19,7 +23,7 @@ from align.dpo import DPOConfig
 from align.dpo_online import OnlineDPOConfig
 from align.grpo_config import GRPOConfig
 from align.sft import SFTConfig
-from align.sharding import SHARDING, check_sharding, check_zero
+from align.sharding import SHARDING, TENSORS_ONLY, check_sharding, check_zero, tensors_only
 from align.tiny import CHECKPOINT
 
 pytestmark = pytest.mark.skipif(scaled.why_not() is not None, reason=str(scaled.why_not()))
@@ -82,6 +86,9 @@ def test_grpo_on_two_processes_is_the_run_of_one_and_resumes_and_exports(folder,
     base = (ROOT / "align/tiny/checkpoint/transformer/diffusion_pytorch_model.safetensors").stat().st_size
     assert sum(f.stat().st_size for f in checkpoint.glob("global_step1/*model_states.pt")) < base / 4
     check_resumed(two, scaled.resume(folder, "grpo", launcher, two))
+    with tensors_only():  # all of it passes, and a bomb does not
+        for file in checkpoint.glob("global_step1/*.pt"):
+            assert torch.load(file, weights_only=False)
 
 
 NOT_SLOW = [("grpo", "zero2"), ("grpo", "zero3")]  # in the test above
@@ -141,6 +148,51 @@ def test_two_launchers_as_on_two_machines_make_one_run(folder, alone):
     for machine in machines:
         finish(machine)
     check_equal(one, scaled.Run(folder / "grpo-nodes"))
+
+
+# --- Security ---
+
+
+class Bomb:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return (Path.touch, (self.file,))
+
+
+def test_a_bomb_is_refused_whatever_deepspeed_asks_for(tmp_path, monkeypatch):
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    engine, file, went_off = TorchCheckpointEngine(), tmp_path / "optim_states.pt", tmp_path / "went off"
+    torch.save({"optimizer_state_dict": Bomb(went_off)}, file)
+    monkeypatch.setenv(TENSORS_ONLY, "0")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"), tensors_only():
+        engine.load(str(file), map_location="cpu")
+    assert not went_off.exists() and os.environ[TENSORS_ONLY] == "0"
+    engine.load(str(file), map_location="cpu")
+    assert went_off.exists()  # it would have
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["zero2", "zero3"])
+@pytest.mark.parametrize("part", ["model_states", "optim_states"])
+def test_code_planted_in_a_checkpoint_of_deepspeed_does_not_run(folder, launcher, part):
+    base = folder / f"planted-{launcher}"
+    if not base.exists():
+        scaled.train(folder, "grpo", launcher, base.name, "--max_steps", "1")
+    checkpoint = Path(shutil.copytree(base / "checkpoint-1", folder / f"bomb-{launcher}-{part}"))
+    went_off = folder / f"went off {launcher} {part}"
+    manifest = json.loads((checkpoint / checkpoints.MANIFEST).read_text())
+    for file in checkpoint.glob(f"global_step1/*{part}.pt"):
+        torch.save(torch.load(file, weights_only=False) | {"planted": Bomb(went_off)}, file)
+        manifest["files"][str(file.relative_to(checkpoint))] = file.stat().st_size
+    (checkpoint / checkpoints.MANIFEST).write_text(json.dumps(manifest))
+    launch = on_cpu(ROOT / f"configs/accelerate/{launcher}.yaml", folder)
+    words = scaled.words(folder, "grpo", launcher, f"{checkpoint.name}-resumed")
+    process = start(folder, *launch, *words, "--resume_from_checkpoint", checkpoint)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Weights only load failed" in output and not went_off.exists()
 
 
 # --- What cannot be is said before a model is loaded ---
