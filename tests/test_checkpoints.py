@@ -377,7 +377,7 @@ def test_two_processes_signalled_through_their_launcher_leave_one_good_checkpoin
     assert "out holds no checkpoint to resume from yet: starting afresh" in output
     process.send_signal(signal.SIGUSR1)
     rest, _ = process.communicate(timeout=60)
-    assert rest.count("SIGUSR1: finishing this update") == 2
+    assert rest.count("SIGUSR1: finishing this update") == 2 and process.returncode == 1  # torchrun's own
     (folder,) = checkpoints(tmp_path / "out")
     assert fault(folder) is None and f"--resume_from_checkpoint out/{folder.name}" in rest
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {p.name for p in folder.iterdir()}
@@ -385,6 +385,49 @@ def test_two_processes_signalled_through_their_launcher_leave_one_good_checkpoin
     run(tmp_path, *TWO, *WORDS, "--max_steps", done + 1, "--output_dir", "out")
     state = json.loads((tmp_path / "out/trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == list(range(1, done + 2))
+
+
+#: `accelerate launch`, on two processes of this machine's CPU.
+ACCELERATE = [
+    *(BIN / "accelerate", "launch", "--config_file", ROOT / "configs/accelerate/ddp.yaml"),
+    *("--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"),
+]
+LASTING = [*WORDS, "--save_steps", "500", "--max_steps", "400", "--output_dir", "out"]
+
+
+def check_stopped(folder: Path, process: subprocess.Popen, name: str, code: int) -> None:
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code and output.count(f"{name}: finishing this update") == 2, output[-3000:]
+    (saved,) = checkpoints(folder / "out")
+    assert fault(saved) is None and f"--resume_from_checkpoint out/{saved.name}" in output
+
+
+def test_a_step_that_a_scheduler_signals_whole_ends_with_0(tmp_path):
+    """Slurm's `--signal=USR1@...` reaches every process of a step: here the launcher does not heed it."""
+    process = start(tmp_path, "sh", "-c", "trap '' USR1; exec \"$@\"", "sh", *ACCELERATE, *LASTING)
+    wait_for_updates(process, 2)
+    for pid in (process.pid, *workers(process)):
+        os.kill(pid, signal.SIGUSR1)
+    check_stopped(tmp_path, process, "SIGUSR1", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [TWO, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_processes_that_are_signalled_without_their_launcher_end_it_with_0(tmp_path, launch):
+    process = start(tmp_path, *launch, *LASTING)
+    wait_for_updates(process, 2)
+    subprocess.run(["pkill", "-USR1", "-P", str(process.pid)], check=True)
+    check_stopped(tmp_path, process, "SIGUSR1", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_accelerate_hands_on_signals_as_torchrun_does_and_ends_with_1(tmp_path, monkeypatch, number):
+    monkeypatch.setenv("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGUSR1")
+    process = start(tmp_path, *ACCELERATE, *LASTING)
+    wait_for_updates(process, 2)
+    process.send_signal(number)
+    check_stopped(tmp_path, process, number.name, 1)
 
 
 RESTARTED = [BIN / "torchrun", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--nproc_per_node", "2"]

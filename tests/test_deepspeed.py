@@ -13,7 +13,7 @@ import scaled
 import torch
 from accelerate.utils import DeepSpeedPlugin
 from diffusers import QwenImageTransformer2DModel
-from launched import ROOT, finish, on_cpu, start
+from launched import BIN, ROOT, finish, on_cpu, start
 from safetensors.torch import load_file
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -267,6 +267,14 @@ def test_fsdp_is_refused_with_what_there_is_instead(settings, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"FSDP, .* launch with configs/accelerate/zero2.yaml or zero3.yaml"):
         check_launch(args)
+
+
+def test_fsdp2_ends_before_the_model_is_loaded(tmp_path):
+    launch = [BIN / "accelerate", "launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "1"]
+    words = ["--config", ROOT / "configs/tiny/grpo.yaml", "--rewards", "jpeg_size", "--output_dir", "refused"]
+    output, _ = start(tmp_path, *launch, ROOT / "align/grpo.py", *words).communicate(timeout=120)
+    assert "error: the launcher asks for FSDP" in output and "zero2.yaml or zero3.yaml" in output
+    assert "Loading pipeline" not in output and not (tmp_path / "refused").exists()
 
 
 def test_transformers_loads_its_models_whole_under_zero3(settings):
