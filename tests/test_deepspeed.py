@@ -5,9 +5,11 @@ import os
 import pickle
 import shutil
 import socket
+import subprocess
 from itertools import product
 from pathlib import Path
 
+import namespaces
 import pytest
 import scaled
 import torch
@@ -86,6 +88,7 @@ def test_grpo_on_two_processes_is_the_run_of_one_and_resumes_and_exports(folder,
     base = (ROOT / "align/tiny/checkpoint/transformer/diffusion_pytorch_model.safetensors").stat().st_size
     assert sum(f.stat().st_size for f in checkpoint.glob("global_step1/*model_states.pt")) < base / 4
     check_resumed(two, scaled.resume(folder, "grpo", launcher, two))
+    assert {f.stat().st_mode & 0o022 for f in checkpoint.rglob("*")} == {0}  # for others to write into
     with tensors_only():  # all of it passes, and a bomb does not
         for file in checkpoint.glob("global_step1/*.pt"):
             assert torch.load(file, weights_only=False)
@@ -148,6 +151,32 @@ def test_two_launchers_as_on_two_machines_make_one_run(folder, alone):
     for machine in machines:
         finish(machine)
     check_equal(one, scaled.Run(folder / "grpo-nodes"))
+
+
+@pytest.mark.slow
+def test_two_machines_that_share_a_cable_and_a_disk_make_one_run(folder, alone):
+    """Each launcher in a network namespace of its own: what one listens on, the other finds by its address alone."""
+    missing = namespaces.why_not()
+    if missing:
+        pytest.skip(missing)
+    one = alone("grpo")
+    launch = on_cpu(ROOT / "configs/accelerate/multi_node.yaml", folder, port=29500)
+    words = scaled.words(folder, "grpo", "multi_node", "grpo-cable")
+    with namespaces.two_machines() as machines:
+        alone_there = subprocess.run(
+            [str(w) for w in machines[1].inside("ip", "-brief", "addr")], capture_output=True, text=True, check=True
+        ).stdout
+        assert machines[1].address in alone_there and machines[0].address not in alone_there
+        launchers = [
+            start(
+                folder,
+                *machine.inside(*launch, "--main_process_ip", machines[0].address, "--machine_rank", rank, *words),
+            )
+            for rank, machine in enumerate(machines)
+        ]
+        for launcher in launchers:
+            finish(launcher)
+    check_equal(one, scaled.Run(folder / "grpo-cable"))
 
 
 # --- Security ---
