@@ -20,7 +20,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from align import dpo_online, grpo
+from align import dpo_online, grpo, reports
 from align.checkpoints import MANIFEST, UNFINISHED, CheckpointError, checkpoints, fault, find, written_whole
 from align.flow_config import FlowConfig
 from align.grpo import GRPOConfig, GRPOTrainer
@@ -287,8 +287,9 @@ def test_code_planted_in_a_checkpoint_does_not_run(copy, tmp_path, name):
     assert (tmp_path / "went off").exists()  # it would have
 
 
-def test_files_get_the_modes_of_the_umask(tmp_path):
-    before = os.umask(0o027)
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_get_the_modes_of_the_umask(tmp_path, umask):
+    before = os.umask(umask)
     try:
         run = trainer(tmp_path / "run", max_steps=1, save_rollouts=True)
         run.train()
@@ -299,9 +300,27 @@ def test_files_get_the_modes_of_the_umask(tmp_path):
     assert {"checkpoint.json", "optimizer.pt", "README.md", "pytorch_lora_weights.safetensors"} <= {
         p.name for p in paths
     }
-    modes = {p.relative_to(tmp_path).as_posix(): oct(p.stat().st_mode & 0o777) for p in paths}
-    odd = {n: m for n, m in modes.items() if m != ("0o750" if (tmp_path / n).is_dir() else "0o640")}
+    modes = {p.relative_to(tmp_path).as_posix(): p.stat().st_mode & 0o777 for p in paths}
+    odd = {n: oct(m) for n, m in modes.items() if m != ((0o777 if (tmp_path / n).is_dir() else 0o666) & ~umask)}
     assert not odd
+
+
+def test_no_secret_is_written_anywhere(tmp_path, monkeypatch):
+    """Not in checkpoints, card and state, nor by the trackers, which are told the whole config."""
+    names = ("HF_TOKEN", "WANDB_API_KEY", "FLOW_ALIGN_TOKEN", "OPENAI_API_KEY", "hub_token")
+    secrets = {name: f"{place}" * 24 + "5ec3e7f00d5ec3e7" for place, name in enumerate(names)}
+    for name in names[:-1]:
+        monkeypatch.setenv(name, secrets[name])
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    run = trainer(tmp_path / "run", max_steps=1, report_to=["wandb", "tensorboard"], hub_token=secrets["hub_token"])
+    run.train()
+    run.finish("tiny", "prompts", reports.changed_settings(run.args))
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert any(path.suffix == ".wandb" for path in written) and any("tfevents" in path.name for path in written)
+    assert any(b"num_generations" in content for content in written.values())
+    found = [(n, p) for n, secret in secrets.items() for p, content in written.items() if secret.encode() in content]
+    assert not found
 
 
 # --- Signals and real processes ---
