@@ -154,29 +154,31 @@ def test_two_launchers_as_on_two_machines_make_one_run(folder, alone):
 
 
 @pytest.mark.slow
-def test_two_machines_that_share_a_cable_and_a_disk_make_one_run(folder, alone):
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_two_machines_that_share_a_cable_and_a_disk_make_one_run(folder, alone, rendezvous):
     """Each launcher in a network namespace of its own: what one listens on, the other finds by its address alone."""
     missing = namespaces.why_not()
     if missing:
         pytest.skip(missing)
     one = alone("grpo")
     launch = on_cpu(ROOT / "configs/accelerate/multi_node.yaml", folder, port=29500)
-    words = scaled.words(folder, "grpo", "multi_node", "grpo-cable")
+    words = scaled.words(folder, "grpo", "multi_node", f"grpo-{rendezvous}")
     with namespaces.two_machines() as machines:
         alone_there = subprocess.run(
             [str(w) for w in machines[1].inside("ip", "-brief", "addr")], capture_output=True, text=True, check=True
         ).stdout
         assert machines[1].address in alone_there and machines[0].address not in alone_there
-        launchers = [
-            start(
-                folder,
-                *machine.inside(*launch, "--main_process_ip", machines[0].address, "--machine_rank", rank, *words),
-            )
-            for rank, machine in enumerate(machines)
-        ]
+        launchers = []
+        for rank, machine in enumerate(machines):
+            reached = ("--main_process_ip", machines[0].address, "--machine_rank", rank)
+            command: tuple[object, ...] = (*launch, *reached, *words)
+            if rendezvous == "c10d":  # a machine's name leads to no address here: each is told its own, and who is host
+                told = ("--rdzv_backend", "c10d", "--rdzv_conf", f"is_host={1 - rank}")
+                command = ("env", f"PET_LOCAL_ADDR={machine.address}", *launch, *told, *reached, *words)
+            launchers.append(start(folder, *machine.inside(*command)))
         for launcher in launchers:
             finish(launcher)
-    check_equal(one, scaled.Run(folder / "grpo-cable"))
+    check_equal(one, scaled.Run(folder / f"grpo-{rendezvous}"))
 
 
 # --- Security ---
