@@ -183,11 +183,16 @@ def _config_paths(argv: list[str]) -> list[Path]:
 
 
 def check_launch(args: TrainingArguments) -> None:
-    """Raise ValueError for FSDP, and when the launcher's processes did not find each other."""
+    """Raise ValueError for FSDP, and when the launcher's processes did not find each other; say when it started only one."""
     if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError(
             "the launcher asks for FSDP, under which these trainers cannot save what they train: to share the model out, "
             "launch with configs/accelerate/zero2.yaml or zero3.yaml"
+        )
+    if "WORLD_SIZE" not in os.environ and os.environ.keys() >= {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"}:
+        logger.warning(
+            "the launcher started one process, although it was told of more: without an accelerator, accelerate starts "
+            "several only by a config: --config_file configs/accelerate/ddp.yaml"
         )
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != args.world_size:

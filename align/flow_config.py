@@ -39,6 +39,10 @@ class FlowConfig(TrainingArguments):
         False, "Start afresh in an output_dir that holds checkpoints of an earlier run."
     )
 
+    check_memory: bool = setting(
+        True, "Stop before loading when weights, gradients and optimizer alone are more than there is memory for."
+    )
+
     # Sampling.
     height: int = setting(512, "Pixels of a sampled image.")
     width: int = setting(512, "Pixels of a sampled image.")

@@ -10,6 +10,7 @@ from align.checkpoints import CheckpointError, check_identity
 from align.flow_config import FlowConfig
 from align.group_config import check_data
 from align.groups import check_dropout
+from align.memory import check_memory
 from align.models.loading import latent_cell, resolve_folder
 from align.sharding import check_zero
 from align.trainer import FlowTrainer
@@ -78,6 +79,7 @@ def run_on_images(data_type: type, config_type: type, trainer_type: type[Any], a
         cell = latent_cell(resolve_folder(model_args.model))
         make_buckets(args.bucket_resolution(cell), cell, args.max_aspect_ratio)
         checkpoint = find_checkpoint(trainer_type, model_args, args)
+        check_memory(model_args, args)
     with plain_errors():
         model = load_model(model_args)
         trainer = trainer_type(
@@ -108,6 +110,7 @@ def run_on_groups(data_type: type, config_type: type, trainer_type: type[Any], a
         model_args.check(args.height, args.width)
         check_dropout(model_args.lora_dropout)
         checkpoint = find_checkpoint(trainer_type, model_args, args)
+        check_memory(model_args, args)
     with plain_errors():
         model = load_model(model_args)
         trainer = trainer_type(model, rewards, args, train, held_out, guards, peft_config=model_args.peft_config())

@@ -1,6 +1,7 @@
 """DeepSpeed's ZeRO under a trainer: what it can do, gathering what is trained, and the checkpoints of its engine."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 #: In a checkpoint: how it is shared out over files.
 SHARDING = "sharding.json"
+#: torch.load heeds it whatever its caller has asked for.
+TENSORS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def zero_stage(args: TrainingArguments) -> int:
@@ -90,9 +93,35 @@ def write_sharding(folder: Path, args: TrainingArguments) -> None:
     (folder / SHARDING).write_text(json.dumps({"zero_stage": zero_stage(args), "processes": args.world_size}))
 
 
+@contextmanager
+def tensors_only() -> Iterator[None]:
+    """Within it ``torch.load`` refuses every file that would run code, also when DeepSpeed asks it to read anything.
+
+    What DeepSpeed keeps beside tensors, plain data in three classes of its own, is still read.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = os.environ.get(TENSORS_ONLY)
+    os.environ[TENSORS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        if before is None:
+            del os.environ[TENSORS_ONLY]
+        else:
+            os.environ[TENSORS_ONLY] = before
+
+
 def load_engine(engine: Any, folder: Path) -> None:
-    """Read a checkpoint of the engine. The frozen weights, which it lacks, are as they were loaded."""
-    path, _ = engine.load_checkpoint(str(folder), load_module_strict=False)
+    """Read a checkpoint of the engine. The frozen weights, which it lacks, are as they were loaded.
+
+    Raises pickle.UnpicklingError for a file of more than tensors: nothing of it is run.
+    """
+    with tensors_only():
+        path, _ = engine.load_checkpoint(str(folder), load_module_strict=False)
     if path is None:
         raise ValueError(f"DeepSpeed finds nothing to resume from in {folder}")
 

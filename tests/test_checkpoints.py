@@ -20,7 +20,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from align import dpo_online, grpo
+from align import dpo_online, grpo, reports
 from align.checkpoints import MANIFEST, UNFINISHED, CheckpointError, checkpoints, fault, find, written_whole
 from align.flow_config import FlowConfig
 from align.grpo import GRPOConfig, GRPOTrainer
@@ -287,8 +287,9 @@ def test_code_planted_in_a_checkpoint_does_not_run(copy, tmp_path, name):
     assert (tmp_path / "went off").exists()  # it would have
 
 
-def test_files_get_the_modes_of_the_umask(tmp_path):
-    before = os.umask(0o027)
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_get_the_modes_of_the_umask(tmp_path, umask):
+    before = os.umask(umask)
     try:
         run = trainer(tmp_path / "run", max_steps=1, save_rollouts=True)
         run.train()
@@ -299,9 +300,27 @@ def test_files_get_the_modes_of_the_umask(tmp_path):
     assert {"checkpoint.json", "optimizer.pt", "README.md", "pytorch_lora_weights.safetensors"} <= {
         p.name for p in paths
     }
-    modes = {p.relative_to(tmp_path).as_posix(): oct(p.stat().st_mode & 0o777) for p in paths}
-    odd = {n: m for n, m in modes.items() if m != ("0o750" if (tmp_path / n).is_dir() else "0o640")}
+    modes = {p.relative_to(tmp_path).as_posix(): p.stat().st_mode & 0o777 for p in paths}
+    odd = {n: oct(m) for n, m in modes.items() if m != ((0o777 if (tmp_path / n).is_dir() else 0o666) & ~umask)}
     assert not odd
+
+
+def test_no_secret_is_written_anywhere(tmp_path, monkeypatch):
+    """Not in checkpoints, card and state, nor by the trackers, which are told the whole config."""
+    names = ("HF_TOKEN", "WANDB_API_KEY", "FLOW_ALIGN_TOKEN", "OPENAI_API_KEY", "hub_token")
+    secrets = {name: f"{place}" * 24 + "5ec3e7f00d5ec3e7" for place, name in enumerate(names)}
+    for name in names[:-1]:
+        monkeypatch.setenv(name, secrets[name])
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    run = trainer(tmp_path / "run", max_steps=1, report_to=["wandb", "tensorboard"], hub_token=secrets["hub_token"])
+    run.train()
+    run.finish("tiny", "prompts", reports.changed_settings(run.args))
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert any(path.suffix == ".wandb" for path in written) and any("tfevents" in path.name for path in written)
+    assert any(b"num_generations" in content for content in written.values())
+    found = [(n, p) for n, secret in secrets.items() for p, content in written.items() if secret.encode() in content]
+    assert not found
 
 
 # --- Signals and real processes ---
@@ -377,7 +396,7 @@ def test_two_processes_signalled_through_their_launcher_leave_one_good_checkpoin
     assert "out holds no checkpoint to resume from yet: starting afresh" in output
     process.send_signal(signal.SIGUSR1)
     rest, _ = process.communicate(timeout=60)
-    assert rest.count("SIGUSR1: finishing this update") == 2
+    assert rest.count("SIGUSR1: finishing this update") == 2 and process.returncode == 1  # torchrun's own
     (folder,) = checkpoints(tmp_path / "out")
     assert fault(folder) is None and f"--resume_from_checkpoint out/{folder.name}" in rest
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {p.name for p in folder.iterdir()}
@@ -385,6 +404,49 @@ def test_two_processes_signalled_through_their_launcher_leave_one_good_checkpoin
     run(tmp_path, *TWO, *WORDS, "--max_steps", done + 1, "--output_dir", "out")
     state = json.loads((tmp_path / "out/trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == list(range(1, done + 2))
+
+
+#: `accelerate launch`, on two processes of this machine's CPU.
+ACCELERATE = [
+    *(BIN / "accelerate", "launch", "--config_file", ROOT / "configs/accelerate/ddp.yaml"),
+    *("--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"),
+]
+LASTING = [*WORDS, "--save_steps", "500", "--max_steps", "400", "--output_dir", "out"]
+
+
+def check_stopped(folder: Path, process: subprocess.Popen, name: str, code: int) -> None:
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code and output.count(f"{name}: finishing this update") == 2, output[-3000:]
+    (saved,) = checkpoints(folder / "out")
+    assert fault(saved) is None and f"--resume_from_checkpoint out/{saved.name}" in output
+
+
+def test_a_step_that_a_scheduler_signals_whole_ends_with_0(tmp_path):
+    """Slurm's `--signal=USR1@...` reaches every process of a step: here the launcher does not heed it."""
+    process = start(tmp_path, "sh", "-c", "trap '' USR1; exec \"$@\"", "sh", *ACCELERATE, *LASTING)
+    wait_for_updates(process, 2)
+    for pid in (process.pid, *workers(process)):
+        os.kill(pid, signal.SIGUSR1)
+    check_stopped(tmp_path, process, "SIGUSR1", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [TWO, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_processes_that_are_signalled_without_their_launcher_end_it_with_0(tmp_path, launch):
+    process = start(tmp_path, *launch, *LASTING)
+    wait_for_updates(process, 2)
+    subprocess.run(["pkill", "-USR1", "-P", str(process.pid)], check=True)
+    check_stopped(tmp_path, process, "SIGUSR1", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_accelerate_hands_on_signals_as_torchrun_does_and_ends_with_1(tmp_path, monkeypatch, number):
+    monkeypatch.setenv("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGUSR1")
+    process = start(tmp_path, *ACCELERATE, *LASTING)
+    wait_for_updates(process, 2)
+    process.send_signal(number)
+    check_stopped(tmp_path, process, number.name, 1)
 
 
 RESTARTED = [BIN / "torchrun", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--nproc_per_node", "2"]

@@ -1,15 +1,21 @@
 """The shipped launcher configs on two CPU processes, with real DeepSpeed: against one process, resumed, and exported."""
 
 import json
+import os
+import pickle
+import shutil
 import socket
+import subprocess
 from itertools import product
 from pathlib import Path
 
+import namespaces
 import pytest
 import scaled
+import torch
 from accelerate.utils import DeepSpeedPlugin
 from diffusers import QwenImageTransformer2DModel
-from launched import ROOT, finish, on_cpu, start
+from launched import BIN, ROOT, finish, on_cpu, start
 from safetensors.torch import load_file
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -19,7 +25,7 @@ from align.dpo import DPOConfig
 from align.dpo_online import OnlineDPOConfig
 from align.grpo_config import GRPOConfig
 from align.sft import SFTConfig
-from align.sharding import SHARDING, check_sharding, check_zero
+from align.sharding import SHARDING, TENSORS_ONLY, check_sharding, check_zero, tensors_only
 from align.tiny import CHECKPOINT
 
 pytestmark = pytest.mark.skipif(scaled.why_not() is not None, reason=str(scaled.why_not()))
@@ -82,6 +88,10 @@ def test_grpo_on_two_processes_is_the_run_of_one_and_resumes_and_exports(folder,
     base = (ROOT / "align/tiny/checkpoint/transformer/diffusion_pytorch_model.safetensors").stat().st_size
     assert sum(f.stat().st_size for f in checkpoint.glob("global_step1/*model_states.pt")) < base / 4
     check_resumed(two, scaled.resume(folder, "grpo", launcher, two))
+    assert {f.stat().st_mode & 0o022 for f in checkpoint.rglob("*")} == {0}  # for others to write into
+    with tensors_only():  # all of it passes, and a bomb does not
+        for file in checkpoint.glob("global_step1/*.pt"):
+            assert torch.load(file, weights_only=False)
 
 
 NOT_SLOW = [("grpo", "zero2"), ("grpo", "zero3")]  # in the test above
@@ -141,6 +151,79 @@ def test_two_launchers_as_on_two_machines_make_one_run(folder, alone):
     for machine in machines:
         finish(machine)
     check_equal(one, scaled.Run(folder / "grpo-nodes"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_two_machines_that_share_a_cable_and_a_disk_make_one_run(folder, alone, rendezvous):
+    """Each launcher in a network namespace of its own: what one listens on, the other finds by its address alone."""
+    missing = namespaces.why_not()
+    if missing:
+        pytest.skip(missing)
+    one = alone("grpo")
+    launch = on_cpu(ROOT / "configs/accelerate/multi_node.yaml", folder, port=29500)
+    words = scaled.words(folder, "grpo", "multi_node", f"grpo-{rendezvous}")
+    with namespaces.two_machines() as machines:
+        alone_there = subprocess.run(
+            [str(w) for w in machines[1].inside("ip", "-brief", "addr")], capture_output=True, text=True, check=True
+        ).stdout
+        assert machines[1].address in alone_there and machines[0].address not in alone_there
+        launchers = []
+        for rank, machine in enumerate(machines):
+            reached = ("--main_process_ip", machines[0].address, "--machine_rank", rank)
+            command: tuple[object, ...] = (*launch, *reached, *words)
+            if rendezvous == "c10d":  # a machine's name leads to no address here: each is told its own, and who is host
+                told = ("--rdzv_backend", "c10d", "--rdzv_conf", f"is_host={1 - rank}")
+                command = ("env", f"PET_LOCAL_ADDR={machine.address}", *launch, *told, *reached, *words)
+            launchers.append(start(folder, *machine.inside(*command)))
+        for launcher in launchers:
+            finish(launcher)
+    check_equal(one, scaled.Run(folder / f"grpo-{rendezvous}"))
+
+
+# --- Security ---
+
+
+class Bomb:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return (Path.touch, (self.file,))
+
+
+def test_a_bomb_is_refused_whatever_deepspeed_asks_for(tmp_path, monkeypatch):
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    engine, file, went_off = TorchCheckpointEngine(), tmp_path / "optim_states.pt", tmp_path / "went off"
+    torch.save({"optimizer_state_dict": Bomb(went_off)}, file)
+    monkeypatch.setenv(TENSORS_ONLY, "0")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"), tensors_only():
+        engine.load(str(file), map_location="cpu")
+    assert not went_off.exists() and os.environ[TENSORS_ONLY] == "0"
+    engine.load(str(file), map_location="cpu")
+    assert went_off.exists()  # it would have
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["zero2", "zero3"])
+@pytest.mark.parametrize("part", ["model_states", "optim_states"])
+def test_code_planted_in_a_checkpoint_of_deepspeed_does_not_run(folder, launcher, part):
+    base = folder / f"planted-{launcher}"
+    if not base.exists():
+        scaled.train(folder, "grpo", launcher, base.name, "--max_steps", "1")
+    checkpoint = Path(shutil.copytree(base / "checkpoint-1", folder / f"bomb-{launcher}-{part}"))
+    went_off = folder / f"went off {launcher} {part}"
+    manifest = json.loads((checkpoint / checkpoints.MANIFEST).read_text())
+    for file in checkpoint.glob(f"global_step1/*{part}.pt"):
+        torch.save(torch.load(file, weights_only=False) | {"planted": Bomb(went_off)}, file)
+        manifest["files"][str(file.relative_to(checkpoint))] = file.stat().st_size
+    (checkpoint / checkpoints.MANIFEST).write_text(json.dumps(manifest))
+    launch = on_cpu(ROOT / f"configs/accelerate/{launcher}.yaml", folder)
+    words = scaled.words(folder, "grpo", launcher, f"{checkpoint.name}-resumed")
+    process = start(folder, *launch, *words, "--resume_from_checkpoint", checkpoint)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Weights only load failed" in output and not went_off.exists()
 
 
 # --- What cannot be is said before a model is loaded ---
@@ -215,6 +298,14 @@ def test_fsdp_is_refused_with_what_there_is_instead(settings, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"FSDP, .* launch with configs/accelerate/zero2.yaml or zero3.yaml"):
         check_launch(args)
+
+
+def test_fsdp2_ends_before_the_model_is_loaded(tmp_path):
+    launch = [BIN / "accelerate", "launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "1"]
+    words = ["--config", ROOT / "configs/tiny/grpo.yaml", "--rewards", "jpeg_size", "--output_dir", "refused"]
+    output, _ = start(tmp_path, *launch, ROOT / "align/grpo.py", *words).communicate(timeout=120)
+    assert "error: the launcher asks for FSDP" in output and "zero2.yaml or zero3.yaml" in output
+    assert "Loading pipeline" not in output and not (tmp_path / "refused").exists()
 
 
 def test_transformers_loads_its_models_whole_under_zero3(settings):

@@ -21,7 +21,7 @@ FLOORS = (
     {"rollout", "buffer", "scoring", "evaluation", "metrics", "reports", "ranking", "signals", "callbacks", "trainer"}
     | {"checkpoints"}
     | {"flow_config", "arguments", "data_arguments", "launch", "latents", "matching"}
-    | {"sharding", "groups", "group_config", "grpo_config"},
+    | {"sharding", "memory", "groups", "group_config", "grpo_config"},
     {"sft", "dpo", "dpo_online", "grpo", "generate"},
 )
 #: What of align/ each part of the first two floors may import, beside itself.
