@@ -157,7 +157,7 @@ def main() -> None:
     )
     print("| images/s | " + " | ".join(WAYS) + " |\n|---|---|---|---|")
     for name, seconds in results.items():
-        print(f"| {name} | " + " | ".join(spread([args.images / s for s in way], ".1f") for way in seconds) + " |")
+        print(f"| {name} | " + " | ".join(spread([args.images / s for s in way], ".3g") for way in seconds) + " |")
     print("\n| overhead against in process | worker | service |\n|---|---|---|")
     for entry in costs:
         here, *others = results[entry["name"]]
