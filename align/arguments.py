@@ -39,6 +39,13 @@ class ModelArguments:
     offload: bool = field(
         default=False, metadata={"help": "Keep text encoder and VAE on the CPU while they are not in use."}
     )
+    attention_backend: str | None = field(
+        default=None, metadata={"help": "diffusers' attention backend for the transformer. Default: torch's own."}
+    )
+    compile_blocks: bool = field(
+        default=False,
+        metadata={"help": "torch.compile the transformer's repeated block: slower to start, faster to run."},
+    )
     use_peft: bool = field(
         default=True, metadata={"help": "Train a LoRA adapter; false fine-tunes the whole transformer."}
     )
@@ -78,6 +85,14 @@ class ModelArguments:
     def check(self, height: int, width: int) -> None:
         """Everything that can be known wrong before weights are read."""
         check_resolution(resolve_folder(self.model), height, width)
+        if self.attention_backend is not None:
+            from diffusers.models.attention_dispatch import AttentionBackendName
+
+            known = {backend.value for backend in AttentionBackendName}
+            if self.attention_backend not in known:
+                raise ValueError(
+                    f"unknown attention_backend {self.attention_backend!r}." + nearest(self.attention_backend, known)
+                )
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """What is known of :meth:`align.models.base.FlowModel.identity` before a weight is read."""

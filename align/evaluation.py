@@ -55,9 +55,9 @@ def evaluate_prompts(
     """Sample ``samples`` images for every prompt of ``dataset`` without noise injection and score them.
 
     The noise depends on ``seed`` and the row alone, so evaluations of one run compare like with like. ``process`` is
-    (index, count): each takes every count-th row. Metrics, for each reward and for their weighted sum ``reward``:
-    ``PREFIX_NAME`` the mean over prompts, ``PREFIX_NAME_se`` its standard error, and ``PREFIX_num_prompts``. A
-    reward that scored nothing here is left out.
+    (index, count): each takes every count-th row. Metrics, for each reward, for their weighted sum ``reward`` and,
+    where a prompt has several images, for their :func:`diversity`: ``PREFIX_NAME`` the mean over prompts,
+    ``PREFIX_NAME_se`` its standard error; and ``PREFIX_num_prompts``. A reward that scored nothing here is left out.
     """
     index, count = process
     turns = -(-len(dataset) // count)
@@ -69,14 +69,17 @@ def evaluate_prompts(
     keys = [ImageKey(seed, "eval", i, sample) for i in mine for sample in range(samples)]
     deterministic = replace(plan, sde_steps=(), noise_level=0.0)
     with Scoring(rewards, rows, model.device) as scoring:
-        images = rollout(model, prompts, keys, deterministic, transformer=transformer, on_images=scoring.add).images
+        drawn = rollout(model, prompts, keys, deterministic, transformer=transformer, on_images=scoring.add)
         scores = scoring.table(max_failed_fraction)
-    kept = [(i, row_images(images, n, samples)) for n, i in enumerate(mine[:own]) if i < keep_images_of]
-    gathered = gather_object([(list(zip(*scores, strict=True))[: own * samples], kept)])
-    table = torch.tensor([values for part, _ in gathered for values in part], dtype=torch.float64)
+    kept = [(i, row_images(drawn.images, n, samples)) for n, i in enumerate(mine[:own]) if i < keep_images_of]
+    apart = diversity(drawn.latents.unflatten(0, (-1, samples)))[:own].tolist() if samples > 1 else []
+    gathered = gather_object([(list(zip(*scores, strict=True))[: own * samples], kept, apart)])
+    table = torch.tensor([values for part, *_ in gathered for values in part], dtype=torch.float64)
     order = [i for start in range(count) for i in range(start, len(dataset), count)]  # of the prompts in the table
     weights = weights_of(rewards, [dataset[i] for i in order for _ in range(samples)])
     means = _per_prompt(table, rewards, samples, weights)
+    if means and samples > 1:
+        means["diversity"] = torch.tensor([value for *_, part in gathered for value in part], dtype=torch.float64)
     # Processes took every count-th row: back into the order of the data.
     in_order = {name: [value for _, value in sorted(zip(order, v.tolist(), strict=True))] for name, v in means.items()}
     scored = [
@@ -84,7 +87,7 @@ def evaluate_prompts(
         | {name: None if math.isnan(values[i]) else values[i] for name, values in in_order.items()}
         for i in range(len(dataset))
     ]
-    shown = sorted((pair for _, part in gathered for pair in part), key=lambda pair: pair[0])
+    shown = sorted((pair for _, part, _ in gathered for pair in part), key=lambda pair: pair[0])
     return Evaluation(
         _metrics(means, prefix) if rewards else {},
         scored if rewards else [],
@@ -95,6 +98,18 @@ def evaluate_prompts(
 def row_images(images: list[Image.Image], row: int, samples: int) -> list[Image.Image]:
     """The images of one prompt."""
     return images[row * samples : (row + 1) * samples]
+
+
+def diversity(latents: torch.Tensor) -> torch.Tensor:
+    """(P,) how far apart the S images of each prompt are: (P, S, ...) latents, S at least 2.
+
+    The root mean square difference of two images' latents, over all pairs: 0 where they are all the same, and about
+    1.4 for noise, since latents are normalised to a standard deviation of 1. A policy that has collapsed loses it.
+    """
+    flat = latents.flatten(2).double()
+    count, dimensions = flat.shape[1:]
+    pairs = torch.cdist(flat, flat).sum((1, 2)) / (count * (count - 1))
+    return pairs / math.sqrt(dimensions)
 
 
 def _per_prompt(

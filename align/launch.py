@@ -25,6 +25,10 @@ def load_model(arguments: ModelArguments) -> Any:
     model = QwenImage.from_pretrained(arguments.model, DTYPES[arguments.dtype], arguments.offload)
     if arguments.adapter:
         model.load_adapter(arguments.adapter)
+    if arguments.attention_backend is not None:
+        model.transformer.set_attention_backend(arguments.attention_backend)
+    if arguments.compile_blocks:  # each block on its own, in place: its parameters keep their names
+        model.transformer.compile_repeated_blocks()
     return model
 
 

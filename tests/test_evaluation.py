@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from align.evaluation import _metrics, _per_prompt
+from align.evaluation import _metrics, _per_prompt, diversity
 from rewards import Reward
 
 NAN = math.nan
@@ -46,3 +46,12 @@ def test_a_reward_that_does_not_apply_to_a_prompt_is_left_out_for_that_prompt_on
 
 def test_a_reward_that_scored_nothing_is_not_reported():
     assert "eval_r1" not in metrics([[1.0, NAN], [0.0, NAN]], 1.0, 0.0)
+
+
+def test_diversity_is_the_root_mean_square_difference_of_pairs():
+    flat = torch.zeros(2, 3, 2, 2)
+    flat[0, 1] = 3.0  # pairs differ by 3, 0 and 3 in every element
+    found = diversity(flat)
+    assert found.tolist() == pytest.approx([2.0, 0.0])
+    noise = torch.randn(1, 40, 64, 16, generator=torch.Generator().manual_seed(0))
+    assert diversity(noise).item() == pytest.approx(math.sqrt(2), rel=0.01)
