@@ -14,13 +14,14 @@ stored in a lower precision are biased.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Reduction = Literal["mean", "sum"]
 SDEType = Literal["sde", "cps"]
+Solver = Literal["euler", "dpmpp_2m"]
 
 
 def per_sample(value: Tensor | float, like: Tensor) -> Tensor:
@@ -72,6 +73,32 @@ def ode_step(latents: Tensor, velocity: Tensor, sigma: Tensor | float, sigma_nex
     """One Euler step of the probability-flow ODE, as ``FlowMatchEulerDiscreteScheduler.step`` takes it."""
     delta = per_sample(sigma_next, latents) - per_sample(sigma, latents)
     return latents.float() + delta * velocity.float()
+
+
+class Estimate(NamedTuple):
+    """What a multistep solver remembers of a step: the clean latents it saw, (B, ...), and its noise level."""
+
+    latents: Tensor
+    sigma: float
+
+
+def multistep_velocity(
+    latents: Tensor, velocity: Tensor, sigma: float, sigma_next: float, before: Estimate | None
+) -> tuple[Tensor, Estimate]:
+    """The velocity that makes :func:`ode_step` a second-order step, and what to give as ``before`` to the next one.
+
+    DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), in log SNRs l = log((1 - sigma) / sigma): the clean latents that
+    x - sigma v stands for are carried on along the line through this step's and the one before, by half of
+    (l_next - l) / (l - l_before). It needs no forward more than Euler's method. The first step, one from sigma = 1 and
+    the one to sigma = 0 are Euler's, as in diffusers' ``DPMSolverMultistepScheduler``: the log SNR is infinite there.
+    """
+    x, v = latents.float(), velocity.float()
+    clean = x - sigma * v
+    if before is None or before.sigma >= 1 or sigma_next <= 0:
+        return v, Estimate(clean, sigma)
+    log_snr, log_snr_next, log_snr_before = (math.log((1 - s) / s) for s in (sigma, sigma_next, before.sigma))
+    half_step = (log_snr_next - log_snr) / (2 * (log_snr - log_snr_before))
+    return v - half_step / sigma * (clean - before.latents), Estimate(clean, sigma)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from align.flow import Reduction, SDEType, StochasticSampler, Transition, ode_step
+from align.flow import Estimate, Reduction, SDEType, Solver, StochasticSampler, Transition, multistep_velocity, ode_step
 from align.models.base import FlowModel
 
 #: The step under which an image's initial noise is keyed.
@@ -62,6 +62,7 @@ class SamplingPlan:
         sde_steps: indices of the steps that are stochastic, and so can be trained; the others are ODE steps.
         noise_level, sde_type, log_prob_reduction: see :class:`align.flow.StochasticSampler`.
         batch_size: images per forward.
+        solver: of ODE steps: ``euler``, or ``dpmpp_2m``, of second order, where every step is one.
     """
 
     height: int
@@ -74,6 +75,13 @@ class SamplingPlan:
     sde_type: SDEType = "sde"
     log_prob_reduction: Reduction = "mean"
     batch_size: int = 16
+    solver: Solver = "euler"
+
+    def __post_init__(self) -> None:
+        if self.solver != "euler" and self.sde_steps:
+            raise ValueError(
+                f"solver {self.solver} needs every step to be an ODE step, found SDE steps {self.sde_steps}"
+            )
 
     def sampler(self, sigmas: Tensor) -> StochasticSampler:
         return StochasticSampler(self.noise_level, self.sde_type, float(sigmas[1]), self.log_prob_reduction)
@@ -187,6 +195,7 @@ def _denoise(
 ) -> tuple[Tensor, list[Transition]]:
     """One chunk from noise to clean latents; an SDE step on ``plan.sde_steps``, an ODE step elsewhere."""
     sampler, transitions = plan.sampler(sigmas), []
+    estimate: Estimate | None = None
     for step in range(plan.num_inference_steps):
         sigma, sigma_next = sigmas[step].expand(len(latents)), sigmas[step + 1].expand(len(latents))
         v = velocity(latents, sigma, conditions)
@@ -196,6 +205,8 @@ def _denoise(
             transitions.append(record)
             latents = record.next_latents
         else:
+            if plan.solver == "dpmpp_2m":
+                v, estimate = multistep_velocity(latents, v, float(sigmas[step]), float(sigmas[step + 1]), estimate)
             latents = ode_step(latents, v, sigma, sigma_next)
         tick()
     return latents, transitions
