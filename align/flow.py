@@ -14,14 +14,14 @@ stored in a lower precision are biased.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 Reduction = Literal["mean", "sum"]
 SDEType = Literal["sde", "cps"]
-Solver = Literal["euler", "dpmpp_2m"]
+Solver = Literal["euler", "ab2"]
 
 
 def per_sample(value: Tensor | float, like: Tensor) -> Tensor:
@@ -75,30 +75,18 @@ def ode_step(latents: Tensor, velocity: Tensor, sigma: Tensor | float, sigma_nex
     return latents.float() + delta * velocity.float()
 
 
-class Estimate(NamedTuple):
-    """What a multistep solver remembers of a step: the clean latents it saw, (B, ...), and its noise level."""
+def ab2_velocity(
+    velocity: Tensor, sigma: float, sigma_next: float, velocity_before: Tensor | None, sigma_before: float
+) -> Tensor:
+    """The velocity that makes :func:`ode_step` a step of the second-order Adams-Bashforth method.
 
-    latents: Tensor
-    sigma: float
-
-
-def multistep_velocity(
-    latents: Tensor, velocity: Tensor, sigma: float, sigma_next: float, before: Estimate | None
-) -> tuple[Tensor, Estimate]:
-    """The velocity that makes :func:`ode_step` a second-order step, and what to give as ``before`` to the next one.
-
-    DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), in log SNRs l = log((1 - sigma) / sigma): the clean latents that
-    x - sigma v stands for are carried on along the line through this step's and the one before, by half of
-    (l_next - l) / (l - l_before). It needs no forward more than Euler's method. The first step, one from sigma = 1 and
-    the one to sigma = 0 are Euler's, as in diffusers' ``DPMSolverMultistepScheduler``: the log SNR is infinite there.
+    The velocity is carried on along the line through this step's and ``velocity_before``, of the step that began at
+    ``sigma_before``, to the middle of the step. It needs no forward more than Euler's method. ``velocity_before`` is
+    None in the first step, which is Euler's.
     """
-    x, v = latents.float(), velocity.float()
-    clean = x - sigma * v
-    if before is None or before.sigma >= 1 or sigma_next <= 0:
-        return v, Estimate(clean, sigma)
-    log_snr, log_snr_next, log_snr_before = (math.log((1 - s) / s) for s in (sigma, sigma_next, before.sigma))
-    half_step = (log_snr_next - log_snr) / (2 * (log_snr - log_snr_before))
-    return v - half_step / sigma * (clean - before.latents), Estimate(clean, sigma)
+    if velocity_before is None:
+        return velocity
+    return velocity + (sigma - sigma_next) / (2 * (sigma_before - sigma)) * (velocity - velocity_before)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class NFTConfig(NoiseLevels, GroupConfig):
     """
 
     num_inference_steps: int = setting(10, "Denoising steps of a rollout.")
-    solver: Solver = setting("euler", "Of the rollout's ODE: euler or dpmpp_2m, of second order at no more forwards.")
+    solver: Solver = setting("euler", "Of the rollout's ODE: euler, or ab2, of second order at no more forwards.")
 
     # The sampling policy.
     sampling_decay_rate: float = setting(

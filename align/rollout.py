@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from align.flow import Estimate, Reduction, SDEType, Solver, StochasticSampler, Transition, multistep_velocity, ode_step
+from align.flow import Reduction, SDEType, Solver, StochasticSampler, Transition, ab2_velocity, ode_step
 from align.models.base import FlowModel
 
 #: The step under which an image's initial noise is keyed.
@@ -62,7 +62,7 @@ class SamplingPlan:
         sde_steps: indices of the steps that are stochastic, and so can be trained; the others are ODE steps.
         noise_level, sde_type, log_prob_reduction: see :class:`align.flow.StochasticSampler`.
         batch_size: images per forward.
-        solver: of ODE steps: ``euler``, or ``dpmpp_2m``, of second order, where every step is one.
+        solver: of ODE steps: ``euler``, or ``ab2`` (Adams-Bashforth, of second order), where every step is one.
     """
 
     height: int
@@ -195,7 +195,7 @@ def _denoise(
 ) -> tuple[Tensor, list[Transition]]:
     """One chunk from noise to clean latents; an SDE step on ``plan.sde_steps``, an ODE step elsewhere."""
     sampler, transitions = plan.sampler(sigmas), []
-    estimate: Estimate | None = None
+    before: Tensor | None = None
     for step in range(plan.num_inference_steps):
         sigma, sigma_next = sigmas[step].expand(len(latents)), sigmas[step + 1].expand(len(latents))
         v = velocity(latents, sigma, conditions)
@@ -205,8 +205,10 @@ def _denoise(
             transitions.append(record)
             latents = record.next_latents
         else:
-            if plan.solver == "dpmpp_2m":
-                v, estimate = multistep_velocity(latents, v, float(sigmas[step]), float(sigmas[step + 1]), estimate)
-            latents = ode_step(latents, v, sigma, sigma_next)
+            direction = v
+            if plan.solver == "ab2":
+                direction = ab2_velocity(v, float(sigma[0]), float(sigma_next[0]), before, float(sigmas[step - 1]))
+                before = v
+            latents = ode_step(latents, direction, sigma, sigma_next)
         tick()
     return latents, transitions
