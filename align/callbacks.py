@@ -1,4 +1,4 @@
-"""What the trainers do at the Trainer's hooks: a moving average of the weights, and stopping on a signal."""
+"""At the Trainer's hooks: a moving average of the weights, and stopping on a signal. Weights held beside the trained ones."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
