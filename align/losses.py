@@ -128,13 +128,13 @@ def nft_loss(
     mixing: float,
     adaptive: bool = True,
 ) -> NFTLoss:
-    """r |v+ - v|^2 + (1 - r) |v- - v|^2. DiffusionNFT (arXiv 2509.16117), eq. 5.
+    """r |v+ - v|^2 + (1 - r) |v- - v|^2: the objective of DiffusionNFT (arXiv 2509.16117).
 
     v+ = (1 - mixing) v_old + mixing v_theta and v- = (1 + mixing) v_old - mixing v_theta are the implicit positive and
     negative policy. The gradient in v_theta is 2 mixing [mixing (v_theta - v_old) + (2 r - 1) (v_old - v)] per dimension:
     at v_theta = v_old it is towards the images with r > 1/2 and away from those with r < 1/2, in proportion to mixing,
     and 0 at r = 1/2; from there on it draws back to v_old. With v_old the mean of v at its point the minimum is
-    v_old + (2 / mixing) E[r] (E[r v] / E[r] - v_old): the paper's theorem 3.2.
+    v_old + (2 / mixing) E[r] (E[r v] / E[r] - v_old): the optimum of the paper's theorem.
 
     Args:
         velocity: (B, ...) v_theta, of the policy being trained, with gradient.
@@ -144,7 +144,7 @@ def nft_loss(
         optimality: (B,) r in [0, 1], how good the image is.
         mixing: the paper's beta, above 0.
         adaptive: regress clean latents, whose error is sigma (v - v+), and divide each square by the mean absolute
-            error of its image, without gradient (the paper's section 3.3), instead of the plain squares.
+            error of its image, without gradient (the paper's adaptive weighting), instead of the plain squares.
     """
     old = old_velocity.detach().float()
     step = mixing * (velocity.float() - old)

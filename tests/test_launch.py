@@ -185,7 +185,7 @@ def test_two_processes_make_the_points_and_the_updates_of_one(outside):
     common += ["--eval_on_start", "false", "--num_generations", "4", "--generation_batch_size", "32", "--disable_tqdm"]
     common += ["true", "--num_inference_steps", "3", "--num_train_sigmas", "1", "--gradient_accumulation_steps", "1"]
     common += ["--sampling_decay_rate", "0.3", "--max_steps", "4", "--rewards", "./my_reward.py:some"]
-    common += ["--optim", "sgd", "--learning_rate", "0.1", "--use_cpu", "true"]
+    common += ["--train_sigmas", "schedule", "--optim", "sgd", "--learning_rate", "0.1", "--use_cpu", "true"]
     run(outside, sys.executable, *common, "--per_device_train_batch_size", "16", "--output_dir", "one")
     two = [*TWO, *common, "--per_device_train_batch_size", "8", "--ddp_backend", "gloo"]
     run(outside, *two, "--output_dir", "two", "--save_strategy", "steps", "--save_steps", "3")
