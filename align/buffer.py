@@ -1,4 +1,4 @@
-"""What one rollout leaves to train on, transitions or pairs, dealt out in micro-batches."""
+"""What one rollout leaves to train on, transitions, noised images or pairs, dealt out in micro-batches."""
 
 import json
 from dataclasses import dataclass
@@ -34,47 +34,65 @@ class MicroBatch:
         return len(self.images)
 
 
-@dataclass
-class TransitionBuffer:
-    """The transitions of a rollout on one process: K steps of its N images, as K * N rows, step by step.
+@dataclass(kw_only=True)
+class RolloutBuffer:
+    """What the buffers of single images share: the dealing of ``copies`` rows of each of N images, copy by copy.
 
-    prompts, advantages: of those N images. live: (all images of all processes,) which carry gradient. first: place of
-    this process's first image among them. update: number of the rollout. micro_batches: parts of one pass over it.
-    seed: of the order in which all processes' rows are dealt. keep_one: never deal an empty part (processes must stay
-    in step).
+    prompts: of those N images, which are on this process. live: (all images of all processes,) which carry gradient.
+    first: place of this process's first image among them. update: number of the rollout. micro_batches: parts of one
+    pass over it. seed: of the order in which all processes' rows are dealt. keep_one: never deal an empty part
+    (processes must stay in step).
     """
 
-    transitions: Transition
     prompts: list[str]
-    advantages: Tensor
     live: Tensor
     first: int
-    steps: tuple[int, ...]
-    sampler: StochasticSampler
     update: int
     micro_batches: int
     seed: int
     keep_one: bool
 
-    def micro_batch(self, index: int, dead_too: bool = False) -> MicroBatch:
-        """Part ``index`` of the passes over this rollout; each pass deals the live rows in another order.
+    def _deal(self, index: int, copies: int, dead_too: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(copy, image, weight) of the rows of part ``index``; each pass deals the live rows in another order.
 
         The order is drawn over all processes' rows, and each takes its own of a part: an update is the same whatever
-        the number of processes. ``dead_too`` deals every row, to check them.
+        the number of processes. ``dead_too`` deals every row. A weight is 0 for a row that only keeps processes in step.
         """
         number, part = divmod(index, self.micro_batches)
-        steps, images = len(self.steps), len(self.prompts)
+        images = len(self.prompts)
         alive = torch.ones_like(self.live) if dead_too else self.live
-        rows = alive.repeat(steps).nonzero().flatten()  # step by step, all processes' images in each
+        rows = alive.repeat(copies).nonzero().flatten()  # copy by copy, all processes' images in each
         rows = rows[seeded_noise((self.seed, self.update, "deal", number), (len(rows),)).argsort()]
         rows = rows[_part(len(rows), part, self.micro_batches)]
-        step, image = rows // len(self.live), rows % len(self.live) - self.first
+        copy, image = rows // len(self.live), rows % len(self.live) - self.first
         own = (image >= 0) & (image < images)
-        step, image = step[own], image[own]
-        weights = torch.ones(len(image))
-        if not len(image) and self.keep_one:
-            step, image, weights = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(1)
-        device = self.advantages.device
+        copy, image = copy[own], image[own]
+        if len(image) or not self.keep_one:
+            return copy, image, torch.ones(len(image))
+        return torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(1)
+
+    def _dealing(self) -> dict[str, Any]:
+        """What a checkpoint says of it, beside tensors."""
+        names = ("prompts", "first", "update", "micro_batches", "seed", "keep_one")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(kw_only=True)
+class TransitionBuffer(RolloutBuffer):
+    """The transitions of a rollout on one process: K steps of its N images, as K * N rows, step by step.
+
+    advantages: of those N images. Others: see :class:`RolloutBuffer`.
+    """
+
+    transitions: Transition
+    advantages: Tensor
+    steps: tuple[int, ...]
+    sampler: StochasticSampler
+
+    def micro_batch(self, index: int, dead_too: bool = False) -> MicroBatch:
+        """Part ``index`` of the passes over this rollout; ``dead_too`` deals every row, to check them."""
+        steps, images, device = len(self.steps), len(self.prompts), self.advantages.device
+        step, image, weights = self._deal(index, steps, dead_too)
         return MicroBatch(
             transition=self.transitions[(step * images + image).to(device)],
             images=image.tolist(),
@@ -88,33 +106,88 @@ class TransitionBuffer:
         """Write what is left to train on into a checkpoint, as safetensors."""
         tensors = {name: value.contiguous().cpu() for name, value in vars(self.transitions).items()}
         tensors |= {"advantages": self.advantages.cpu(), "live": self.live}
-        rest = {
-            "prompts": self.prompts,
-            "first": self.first,
-            "steps": self.steps,
-            "sampler": vars(self.sampler),
-            "update": self.update,
-            "micro_batches": self.micro_batches,
-            "seed": self.seed,
-            "keep_one": self.keep_one,
-        }
+        rest = self._dealing() | {"steps": self.steps, "sampler": vars(self.sampler)}
         save_file(tensors, file, metadata={"rollout": json.dumps(rest)})
 
     @classmethod
     def load(cls, file: Path, device: torch.device) -> "TransitionBuffer":
         """Read what :meth:`save` wrote. Raises FileNotFoundError when the world size has changed since."""
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{file} is missing: this checkpoint was taken in the middle of a rollout, by another number of "
-                "processes. Resume with that number, or from a checkpoint between two rollouts"
-            )
-        with safe_open(file, framework="pt") as stored:  # it knows no device "cpu:0", which several processes have
-            tensors = {name: stored.get_tensor(name).to(device) for name in stored.keys()}  # noqa: SIM118 (it is no dict)
-            rest = json.loads(stored.metadata()["rollout"])
+        tensors, rest = _read(file, device)
         advantages, live = tensors.pop("advantages"), tensors.pop("live").cpu()
-        sampler = StochasticSampler(**rest.pop("sampler"))
-        rest["steps"] = tuple(rest["steps"])
-        return cls(Transition(**tensors), advantages=advantages, live=live, sampler=sampler, **rest)
+        sampler, steps = StochasticSampler(**rest.pop("sampler")), tuple(rest.pop("steps"))
+        transitions = Transition(**tensors)
+        return cls(transitions=transitions, advantages=advantages, live=live, steps=steps, sampler=sampler, **rest)
+
+
+@dataclass
+class PointBatch:
+    """P images of a rollout at noise levels.
+
+    latents, noise: (P, tokens, channels). sigma, optimality: (P,). old_velocity: like latents, of the policy that drew
+    the images, None where that is still the one being trained. rows: (P,) of the buffer. images, weights, nominal_size:
+    as in :class:`MicroBatch`.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    sigma: Tensor
+    optimality: Tensor
+    old_velocity: Tensor | None
+    rows: Tensor
+    images: list[int]
+    weights: Tensor
+    nominal_size: float
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(kw_only=True)
+class PointBuffer(RolloutBuffer):
+    """The N images of a rollout on one process, each to be noised to K levels: K * N rows, the images' first levels first.
+
+    latents: (N, tokens, channels). sigma: (K * N,) noise levels. optimality: (N,) how good the images are, 0..1.
+    old_velocity: (K * N, tokens, channels) of the policy that drew them, where it is needed. Others: see
+    :class:`RolloutBuffer`; the noise of a row is keyed by seed, update, image and level.
+    """
+
+    latents: Tensor
+    sigma: Tensor
+    optimality: Tensor
+    old_velocity: Tensor | None = None
+
+    def micro_batch(self, index: int) -> PointBatch:
+        """Part ``index`` of the passes over this rollout; each pass has the same noise, dealt in another order."""
+        images, device = len(self.prompts), self.latents.device
+        level, image, weights = self._deal(index, len(self.sigma) // images, dead_too=False)
+        rows, shape = (level * images + image).to(device), self.latents.shape[1:]
+        keys = zip((self.first + image).tolist(), level.tolist(), strict=True)
+        noise = [seeded_noise((self.seed, self.update, "noise", *key), shape) for key in keys]
+        latents = self.latents[image.to(device)]
+        return PointBatch(
+            latents=latents,
+            noise=torch.stack(noise).to(device) if noise else latents,
+            sigma=self.sigma[rows],
+            optimality=self.optimality[image.to(device)],
+            old_velocity=None if self.old_velocity is None else self.old_velocity[rows],
+            rows=rows,
+            images=image.tolist(),
+            weights=weights.to(device),
+            nominal_size=len(self.sigma) / self.micro_batches,
+        )
+
+    def save(self, file: Path) -> None:
+        """Write what is left to train on into a checkpoint, as safetensors."""
+        names = ("latents", "sigma", "optimality", "live", "old_velocity")
+        tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        on_cpu = {name: value.contiguous().cpu() for name, value in tensors.items()}
+        save_file(on_cpu, file, metadata={"rollout": json.dumps(self._dealing())})
+
+    @classmethod
+    def load(cls, file: Path, device: torch.device) -> "PointBuffer":
+        """Read what :meth:`save` wrote. Raises FileNotFoundError when the world size has changed since."""
+        tensors, rest = _read(file, device)
+        return cls(live=tensors.pop("live").cpu(), **rest, **tensors)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -178,6 +251,18 @@ class PairBuffer:
         with safe_open(file, framework="pt") as stored:
             latents, rest = stored.get_tensor("latents"), json.loads(stored.metadata()["rollout"])
         return cls(latents, **rest, **split)
+
+
+def _read(file: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and the rest of one process's part of a rollout."""
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} is missing: this checkpoint was taken in the middle of a rollout, by another number of "
+            "processes. Resume with that number, or from a checkpoint between two rollouts"
+        )
+    with safe_open(file, framework="pt") as stored:  # it knows no device "cpu:0", which several processes have
+        tensors = {name: stored.get_tensor(name).to(device) for name in stored.keys()}  # noqa: SIM118 (it is no dict)
+        return tensors, json.loads(stored.metadata()["rollout"])
 
 
 def _part(total: int, number: int, parts: int) -> slice:

@@ -1,7 +1,7 @@
-"""What the trainers do at the Trainer's hooks: a moving average of the weights, and stopping on a signal."""
+"""At the Trainer's hooks: a moving average of the weights, and stopping on a signal. Weights held beside the trained ones."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def read_trained(parameters: dict[str, torch.nn.Parameter], file: Path) -> dict[str, torch.Tensor]:
+def read_trained(parameters: Mapping[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
     """A checkpoint's tensors, one for each of ``parameters``; raises ValueError naming the first that does not fit."""
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} is no checkpoint of this library: it has no {file.name}")
@@ -39,7 +39,7 @@ def read_trained(parameters: dict[str, torch.nn.Parameter], file: Path) -> dict[
     return stored
 
 
-def load_trained(parameters: dict[str, torch.nn.Parameter], file: Path) -> None:
+def load_trained(parameters: Mapping[str, torch.Tensor], file: Path) -> None:
     """Copy a checkpoint's tensors into ``parameters``, which are whole."""
     stored = read_trained(parameters, file)
     with torch.no_grad():
@@ -47,53 +47,79 @@ def load_trained(parameters: dict[str, torch.nn.Parameter], file: Path) -> None:
             parameter.copy_(stored[name])
 
 
+class HeldWeights:
+    """Other values of everything that ``model`` trains, whole on every process, which the model can carry for a while.
+
+    They begin as the model's own. ``decay`` is that of the moving average which ``average.step`` makes of them.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float = 0.0) -> None:
+        self.model = model
+        with gathered(self.parameters()):  # also of what ZeRO-3 shares out
+            self.average = EMAModel(self.parameters(), decay=decay)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return list(trained_parameters(self.model).values())
+
+    def _named(self) -> dict[str, torch.Tensor]:
+        return dict(zip(trained_parameters(self.model), self.average.shadow_params, strict=True))
+
+    @torch.no_grad()
+    def follow(self, keep: float) -> None:
+        """Become ``keep`` times themselves and 1 - ``keep`` times the model's present weights."""
+        with gathered(self.parameters()):
+            for held, parameter in zip(self.average.shadow_params, self.parameters(), strict=True):
+                held.copy_(torch.lerp(parameter.to(held), held, keep))  # keep 0: the present weights, exactly
+
+    def save(self, file: Path) -> None:
+        """Write them into a checkpoint."""
+        save_file({name: held.detach().cpu().contiguous() for name, held in self._named().items()}, file)
+
+    def load(self, file: Path) -> None:
+        """Read what :meth:`save` wrote; raises as :func:`read_trained`."""
+        load_trained(self._named(), file)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model carries them; its own weights come back afterwards."""
+        with gathered(self.parameters(), write=True):
+            self.average.store(self.parameters())
+            self.average.copy_to(self.parameters())
+        try:
+            yield
+        finally:
+            with gathered(self.parameters(), write=True):
+                self.average.restore(self.parameters())
+
+
 class EMACallback(TrainerCallback):
     """Exponential moving average of the trained parameters, stored beside each checkpoint."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.average: EMAModel | None = None
+        self.held: HeldWeights | None = None
         self.resumed_from: str | None = None
 
-    def _parameters(self) -> list[torch.nn.Parameter]:
-        return list(trained_parameters(self.trainer.model).values())
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        with gathered(self._parameters()):  # the average is whole on every process, also of what ZeRO-3 shares out
-            self.average = EMAModel(self._parameters(), decay=args.ema_decay)
+        self.held = HeldWeights(self.trainer.model, args.ema_decay)
         if state.global_step:
             assert self.resumed_from is not None
-            folder = Path(self.resumed_from)
-            shadow = dict(zip(trained_parameters(self.trainer.model), self.average.shadow_params, strict=True))
-            load_trained(shadow, folder / EMA_WEIGHTS)
-            self.average.optimization_step = state.global_step
+            self.held.load(Path(self.resumed_from) / EMA_WEIGHTS)
+            self.held.average.optimization_step = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.average is not None
-        with gathered(self._parameters()):
-            self.average.step(self._parameters())
+        assert self.held is not None
+        with gathered(self.held.parameters()):
+            self.held.average.step(self.held.parameters())
 
     def save(self, folder: Path) -> None:
         """Write the average into a checkpoint."""
-        assert self.average is not None
-        names = trained_parameters(self.trainer.model)
-        shadow = {n: p.detach().cpu().contiguous() for n, p in zip(names, self.average.shadow_params, strict=True)}
-        save_file(shadow, folder / EMA_WEIGHTS)
+        assert self.held is not None
+        self.held.save(folder / EMA_WEIGHTS)
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> AbstractContextManager[None]:
         """The model carries the average; its own weights come back afterwards."""
-        if self.average is None:
-            yield
-            return
-        with gathered(self._parameters(), write=True):
-            self.average.store(self._parameters())
-            self.average.copy_to(self._parameters())
-        try:
-            yield
-        finally:
-            with gathered(self._parameters(), write=True):
-                self.average.restore(self._parameters())
+        return nullcontext() if self.held is None else self.held.applied()
 
 
 def bound_waiting(seconds: float) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 Reduction = Literal["mean", "sum"]
 SDEType = Literal["sde", "cps"]
+Solver = Literal["euler", "ab2"]
 
 
 def per_sample(value: Tensor | float, like: Tensor) -> Tensor:
@@ -72,6 +73,20 @@ def ode_step(latents: Tensor, velocity: Tensor, sigma: Tensor | float, sigma_nex
     """One Euler step of the probability-flow ODE, as ``FlowMatchEulerDiscreteScheduler.step`` takes it."""
     delta = per_sample(sigma_next, latents) - per_sample(sigma, latents)
     return latents.float() + delta * velocity.float()
+
+
+def ab2_velocity(
+    velocity: Tensor, sigma: float, sigma_next: float, velocity_before: Tensor | None, sigma_before: float
+) -> Tensor:
+    """The velocity that makes :func:`ode_step` a step of the second-order Adams-Bashforth method.
+
+    The velocity is carried on along the line through this step's and ``velocity_before``, of the step that began at
+    ``sigma_before``, to the middle of the step. It needs no forward more than Euler's method. ``velocity_before`` is
+    None in the first step, which is Euler's.
+    """
+    if velocity_before is None:
+        return velocity
+    return velocity + (sigma - sigma_next) / (2 * (sigma_before - sigma)) * (velocity - velocity_before)
 
 
 @dataclass(frozen=True)

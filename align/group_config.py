@@ -1,4 +1,4 @@
-"""Settings of the algorithms that learn from groups of their own samples: GRPO and online DPO."""
+"""Settings of the algorithms that learn from groups of their own samples: GRPO, DiffusionNFT and online DPO."""
 
 from dataclasses import dataclass, replace
 

@@ -1,4 +1,4 @@
-"""What GRPO and online DPO share: prompts in groups, a rollout and its scores, and going on in the middle of one."""
+"""What GRPO, NFT and online DPO share: prompts in groups, a rollout and its scores, and going on in the middle of one."""
 
 import logging
 from collections import Counter
@@ -57,7 +57,7 @@ class Sampled(NamedTuple):
 
 
 class GroupTrainer(FlowTrainer):
-    """A trainer on groups of its own samples: GRPO and online DPO differ in what they keep of a rollout, and in the loss.
+    """A trainer on groups of its own samples: algorithms differ in what they keep of a rollout, and in the loss.
 
     Args:
         model: the policy, see :class:`align.models.base.FlowModel`, or the name of a Qwen-Image.

@@ -1,4 +1,4 @@
-"""The losses, as pure functions: flow matching, the clipped policy gradient of GRPO and its KL, and DPO."""
+"""The losses, as pure functions: flow matching, the clipped policy gradient of GRPO and its KL, DPO and DiffusionNFT."""
 
 from typing import Literal, NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from align.flow import Reduction, reduce_dims
+from align.flow import Reduction, per_sample, reduce_dims
 
 
 def flow_matching_loss(velocity: Tensor, target: Tensor) -> Tensor:
@@ -102,3 +102,61 @@ def dpo_loss(
         raise ValueError(f"loss_type must be 'sigmoid', 'hinge' or 'ipo', not {loss_type!r}")
     accuracy = (torch.sign(h.detach()) + 1) / 2
     return DPOLoss(loss, chosen_reward.detach(), rejected_reward.detach(), accuracy)
+
+
+#: Least mean absolute error that :func:`nft_loss` divides by, as in the authors' code.
+LEAST_ERROR = 1e-5
+
+
+class NFTLoss(NamedTuple):
+    """Per-point results of :func:`nft_loss`, each (B,).
+
+    loss: with gradient. positive, negative: the errors of the implicit positive and negative policy, detached.
+    """
+
+    loss: Tensor
+    positive: Tensor
+    negative: Tensor
+
+
+def nft_loss(
+    velocity: Tensor,
+    old_velocity: Tensor,
+    target: Tensor,
+    sigma: Tensor,
+    optimality: Tensor,
+    mixing: float,
+    adaptive: bool = True,
+) -> NFTLoss:
+    """r |v+ - v|^2 + (1 - r) |v- - v|^2: the objective of DiffusionNFT (arXiv 2509.16117).
+
+    v+ = (1 - mixing) v_old + mixing v_theta and v- = (1 + mixing) v_old - mixing v_theta are the implicit positive and
+    negative policy. The gradient in v_theta is 2 mixing [mixing (v_theta - v_old) + (2 r - 1) (v_old - v)] per dimension:
+    at v_theta = v_old it is towards the images with r > 1/2 and away from those with r < 1/2, in proportion to mixing,
+    and 0 at r = 1/2; from there on it draws back to v_old. With v_old the mean of v at its point the minimum is
+    v_old + (2 / mixing) E[r] (E[r v] / E[r] - v_old): the optimum of the paper's theorem.
+
+    Args:
+        velocity: (B, ...) v_theta, of the policy being trained, with gradient.
+        old_velocity: like it, v_old, of the policy that drew the images.
+        target: like it, v: noise - latents.
+        sigma: (B,) noise level.
+        optimality: (B,) r in [0, 1], how good the image is.
+        mixing: the paper's beta, above 0.
+        adaptive: regress clean latents, whose error is sigma (v - v+), and divide each square by the mean absolute
+            error of its image, without gradient (the paper's adaptive weighting), instead of the plain squares.
+    """
+    old = old_velocity.detach().float()
+    step = mixing * (velocity.float() - old)
+    positive, negative = (_nft_error(old + side, target.float(), sigma, adaptive) for side in (step, -step))
+    loss = optimality * positive + (1 - optimality) * negative
+    return NFTLoss(loss, positive.detach(), negative.detach())
+
+
+def _nft_error(velocity: Tensor, target: Tensor, sigma: Tensor, adaptive: bool) -> Tensor:
+    """(B,) errors of one implicit policy."""
+    if not adaptive:
+        return flow_matching_loss(velocity, target)
+    error = per_sample(sigma, target) * (velocity - target)
+    size = reduce_dims(error.detach().abs(), "mean").clamp(min=LEAST_ERROR)
+    return reduce_dims(error**2, "mean") / size

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from align.flow import Reduction, SDEType, StochasticSampler, Transition, ode_step
+from align.flow import Reduction, SDEType, Solver, StochasticSampler, Transition, ab2_velocity, ode_step
 from align.models.base import FlowModel
 
 #: The step under which an image's initial noise is keyed.
@@ -62,6 +62,7 @@ class SamplingPlan:
         sde_steps: indices of the steps that are stochastic, and so can be trained; the others are ODE steps.
         noise_level, sde_type, log_prob_reduction: see :class:`align.flow.StochasticSampler`.
         batch_size: images per forward.
+        solver: of ODE steps: ``euler``, or ``ab2`` (Adams-Bashforth, of second order), where every step is one.
     """
 
     height: int
@@ -74,6 +75,13 @@ class SamplingPlan:
     sde_type: SDEType = "sde"
     log_prob_reduction: Reduction = "mean"
     batch_size: int = 16
+    solver: Solver = "euler"
+
+    def __post_init__(self) -> None:
+        if self.solver != "euler" and self.sde_steps:
+            raise ValueError(
+                f"solver {self.solver} needs every step to be an ODE step, found SDE steps {self.sde_steps}"
+            )
 
     def sampler(self, sigmas: Tensor) -> StochasticSampler:
         return StochasticSampler(self.noise_level, self.sde_type, float(sigmas[1]), self.log_prob_reduction)
@@ -214,6 +222,7 @@ class _Denoiser:
         plan, sigmas = self.plan, self.sigmas
         latents = latents.float().to(sigmas.device)
         sampler, transitions = plan.sampler(sigmas), []
+        before: Tensor | None = None
         for step in steps:
             sigma, sigma_next = sigmas[step].expand(len(latents)), sigmas[step + 1].expand(len(latents))
             v = self.velocity(latents, sigma, conditions)
@@ -223,6 +232,10 @@ class _Denoiser:
                 transitions.append(record)
                 latents = record.next_latents
             else:
-                latents = ode_step(latents, v, sigma, sigma_next)
+                direction = v
+                if plan.solver == "ab2":
+                    direction = ab2_velocity(v, float(sigma[0]), float(sigma_next[0]), before, float(sigmas[step - 1]))
+                    before = v
+                latents = ode_step(latents, direction, sigma, sigma_next)
             self.tick()
         return latents, transitions

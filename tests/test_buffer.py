@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from align.buffer import MicroBatch, TransitionBuffer
+from align.buffer import MicroBatch, PointBuffer, TransitionBuffer
 from align.flow import StochasticSampler, Transition
 
 torch.set_num_threads(1)
@@ -229,3 +229,68 @@ def test_a_missing_file_says_how_to_resume(tmp_path):
         TransitionBuffer.load(file, torch.device("cpu"))
     assert str(file) in str(caught.value) and "another number of processes" in str(caught.value)
     assert "Resume with that number, or from a checkpoint between two rollouts" in str(caught.value)
+
+
+# --- Images at noise levels ---
+
+
+def points(live=SOME, of=(0, 1), old=True, **others) -> PointBuffer:
+    """Three levels of each of six images; an image is told by its latents, a row by its old velocity."""
+    share = IMAGES // of[1]
+    mine = torch.arange(of[0] * share, (of[0] + 1) * share)
+    number = torch.cat([level * 10.0 + mine for level in range(3)])
+    return PointBuffer(
+        latents=mine.float().view(-1, 1, 1).expand(-1, 4, 2),
+        sigma=number / 100,
+        optimality=mine / 10,
+        old_velocity=number.view(-1, 1, 1).expand(-1, 4, 2).contiguous() if old else None,
+        prompts=[f"prompt {image}" for image in mine.tolist()],
+        live=torch.tensor(live),
+        first=int(mine[0]),
+        **{"update": 7, "micro_batches": 3, "seed": 5, "keep_one": False} | others,
+    )
+
+
+def test_every_live_image_is_dealt_once_at_each_of_its_levels_with_all_that_is_its_own():
+    batches = [points().micro_batch(part) for part in range(3)]
+    found = sorted(int(value) for batch in batches for value in batch.old_velocity[:, 0, 0])
+    assert found == sorted(level * 10 + image for level in range(3) for image in range(IMAGES) if SOME[image])
+    for batch in batches:
+        image, row = batch.latents[:, 0, 0], batch.old_velocity[:, 0, 0]
+        assert torch.equal(row % 10, image) and torch.equal(batch.sigma, row / 100)
+        assert torch.equal(batch.optimality, image / 10) and batch.images == image.int().tolist()
+        assert batch.nominal_size == 6 and batch.noise.shape == (len(batch), 4, 2)
+    noise = torch.cat([batch.noise for batch in batches]).flatten(1)
+    assert torch.cdist(noise, noise).add(torch.eye(len(noise)) * 1e9).min() > 0.1
+
+
+def test_points_and_their_noise_are_the_same_however_many_processes_share_them():
+    def by_row(parts):
+        return {int(v[0, 0]): n for part in parts for v, n in zip(part.old_velocity, part.noise, strict=True)}
+
+    for part in range(6):  # two passes
+        whole = by_row([points().micro_batch(part)])
+        shared = by_row([points(of=(process, 2)).micro_batch(part) for process in range(2)])
+        assert whole.keys() == shared.keys() and all(torch.equal(whole[row], shared[row]) for row in whole)
+    first, second = (by_row([points().micro_batch(n + part) for part in range(3)]) for n in (0, 3))
+    assert all(torch.equal(first[row], second[row]) for row in first)  # a second pass sees the same points
+
+
+def test_an_empty_part_of_the_points_is_empty_or_one_row_of_weight_nothing():
+    nothing = points((False,) * 6).micro_batch(0)
+    assert len(nothing) == 0 and nothing.noise.shape == (0, 4, 2)
+    kept = points((False,) * 6, keep_one=True).micro_batch(0)
+    assert len(kept) == 1 and kept.weights.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_points_go_on_identically_from_a_checkpoint(tmp_path, old):
+    source = points(old=old)
+    source.save(tmp_path / "rollout.safetensors")
+    loaded = PointBuffer.load(tmp_path / "rollout.safetensors", torch.device("cpu:0"))
+    for part in range(6):
+        one, other = source.micro_batch(part), loaded.micro_batch(part)
+        assert one.images == other.images and one.nominal_size == other.nominal_size
+        for name in ("latents", "noise", "sigma", "optimality", "rows", "weights"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+        assert torch.equal(one.old_velocity, other.old_velocity) if old else other.old_velocity is None

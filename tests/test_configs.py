@@ -14,6 +14,7 @@ from align.evaluation import check_columns
 from align.generate import GenerateArguments
 from align.group_config import check_data
 from align.grpo import DataArguments, GRPOConfig
+from align.nft import NFTConfig
 from align.sft import SFTConfig
 from preference_data.buckets import make_buckets
 from preference_data.prompts import load_prompts
@@ -23,13 +24,16 @@ ROOT = Path(__file__).parents[1]
 GRPO = sorted(path for family in ("tiny", "qwen_image") for path in (ROOT / "configs" / family).glob("grpo*.yaml"))
 IMAGES = {"sft": (CaptionedDataArguments, SFTConfig), "dpo": (PreferenceDataArguments, DPOConfig)}
 ONLINE = sorted((ROOT / "configs").glob("*/dpo_online*.yaml"))
+NFT = sorted((ROOT / "configs").glob("*/nft*.yaml"))
 MATCHING = sorted(p for name in IMAGES for p in (ROOT / "configs").glob(f"*/{name}*.yaml") if p not in ONLINE)
 GENERATE = sorted((ROOT / "configs").glob("*/generate*.yaml"))
 LAUNCHERS = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
 
 
 def test_there_is_nothing_among_the_configs_that_no_test_loads():
-    assert sorted((ROOT / "configs").rglob("*.yaml")) == sorted([*GRPO, *ONLINE, *MATCHING, *GENERATE, *LAUNCHERS])
+    assert sorted((ROOT / "configs").rglob("*.yaml")) == sorted(
+        [*GRPO, *ONLINE, *NFT, *MATCHING, *GENERATE, *LAUNCHERS]
+    )
 
 
 @pytest.mark.parametrize("path", GRPO, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -58,6 +62,19 @@ def test_online_dpo_config_finds_its_data_and_its_sums_come_out(path):
     model.check(args.height, args.width)
     args.check_world(1)
     assert args.micro_batches_per_pass(1) % args.gradient_accumulation_steps == 0
+
+
+@pytest.mark.parametrize("path", NFT, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_nft_config_finds_its_data_and_its_sums_come_out(path):
+    tiny = path.parent.name == "tiny"
+    flags = [] if tiny else ["--bf16", "false"]  # refused on a machine without an accelerator
+    data, model, args = parse((DataArguments, ModelArguments, NFTConfig), ["--config", str(path), *flags])
+    processes = 1 if tiny else 8  # as its header says
+    args.check_world(processes)
+    assert args.micro_batches_per_rollout(processes) % args.gradient_accumulation_steps == 0
+    if tiny:
+        check_data(load_rewards(data.rewards), args, *data.load())
+        model.check(args.height, args.width)
 
 
 def identify(path: Path) -> str:
@@ -90,7 +107,7 @@ def test_config_that_makes_preferences_finds_its_prompts_and_rewards(path):
     check_columns(load_rewards(args.rewards), [load_prompts(resolve_dataset(args.dataset_name), args.dataset_split)])
 
 
-@pytest.mark.parametrize("path", [*GRPO, *ONLINE, *MATCHING, *GENERATE, *LAUNCHERS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*GRPO, *ONLINE, *NFT, *MATCHING, *GENERATE, *LAUNCHERS], ids=lambda path: path.stem)
 def test_header_of_a_config_says_its_command(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any("accelerate launch" in line for line in header)

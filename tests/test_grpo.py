@@ -316,7 +316,7 @@ def test_resume_is_bit_exact_between_and_within_rollouts(tmp_path, at):
     # The count goes on too; the resumed process passes the gate of 16 forwards once more, at its first own rollout.
     gate = 16 if at < 3 else 0
     assert history(resumed, "forward_equivalents")[-1] == history(straight, "forward_equivalents")[-1] + gate
-    for one, other in zip(straight.ema.average.shadow_params, resumed.ema.average.shadow_params, strict=True):
+    for one, other in zip(*(run.ema.held.average.shadow_params for run in (straight, resumed)), strict=True):
         assert torch.equal(one, other)
 
 

@@ -178,6 +178,29 @@ def test_two_processes_make_the_pairs_and_the_updates_of_one(outside):
     assert max((one[key] - rest[key]).abs().max().item() for key in one) < 1e-4
 
 
+def test_two_processes_make_the_points_and_the_updates_of_one(outside):
+    """DiffusionNFT, with a sampling policy of its own and dead groups, resumed in the middle of a rollout."""
+    (outside / "my_reward.py").write_text(REWARD + SOME_SCORED)
+    common = [ROOT / "align/nft.py", "--config", ROOT / "configs/tiny/nft.yaml", "--eval_strategy", "no"]
+    common += ["--eval_on_start", "false", "--num_generations", "4", "--generation_batch_size", "32", "--disable_tqdm"]
+    common += ["true", "--num_inference_steps", "3", "--num_train_sigmas", "1", "--gradient_accumulation_steps", "1"]
+    common += ["--sampling_decay_rate", "0.3", "--max_steps", "4", "--rewards", "./my_reward.py:some"]
+    common += ["--train_sigmas", "schedule", "--optim", "sgd", "--learning_rate", "0.1", "--use_cpu", "true"]
+    run(outside, sys.executable, *common, "--per_device_train_batch_size", "16", "--output_dir", "one")
+    two = [*TWO, *common, "--per_device_train_batch_size", "8", "--ddp_backend", "gloo"]
+    run(outside, *two, "--output_dir", "two", "--save_strategy", "steps", "--save_steps", "3")
+    run(outside, *two, "--output_dir", "rest", "--resume_from_checkpoint", "two/checkpoint-3")
+    logs = [json.loads((outside / name / "trainer_state.json").read_text())["log_history"] for name in ("one", "two")]
+    for key in ("reward", "dead_groups", "loss", "grad_norm", "old_distance", "sampling_decay"):
+        one, other = ([entry[key] for entry in log if key in entry] for log in logs)
+        assert one == pytest.approx(other, rel=1e-2, abs=1e-6), (
+            key
+        )  # images are rounded to bytes before they are scored
+    one, other, rest = (load_file(outside / n / "pytorch_lora_weights.safetensors") for n in ("one", "two", "rest"))
+    assert max((one[key] - other[key]).abs().max().item() for key in one) < 1e-4
+    assert all((other[key] == rest[key]).all() for key in other)
+
+
 def test_a_wrong_word_is_answered_with_a_sentence(outside):
     process = start(outside, sys.executable, ROOT / "align/grpo.py", *CONFIG, "--rewards", "warm_backgroud")
     output, _ = process.communicate(timeout=120)

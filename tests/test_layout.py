@@ -22,7 +22,7 @@ FLOORS = (
     | {"checkpoints"}
     | {"flow_config", "arguments", "data_arguments", "launch", "latents", "matching"}
     | {"sharding", "memory", "groups", "group_config", "grpo_config"},
-    {"sft", "dpo", "dpo_online", "grpo", "generate"},
+    {"sft", "dpo", "dpo_online", "grpo", "nft", "generate"},
 )
 #: What of align/ each part of the first two floors may import, beside itself.
 BELOW = {

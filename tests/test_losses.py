@@ -1,4 +1,4 @@
-"""Flow-matching loss, KL, clipped policy gradient and DPO, against closed forms and numbers worked out by hand."""
+"""Flow-matching loss, KL, clipped policy gradient, DPO and DiffusionNFT, against closed forms and numbers worked out by hand."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from align.flow import Reduction, StochasticSampler
-from align.losses import dpo_loss, flow_matching_loss, gaussian_kl, grpo_policy_loss
+from align.losses import dpo_loss, flow_matching_loss, gaussian_kl, grpo_policy_loss, nft_loss
 
 torch.set_num_threads(1)  # the tensors are small: threads only cost
 
@@ -291,3 +291,104 @@ def test_dpo_gradient_is_that_of_finite_differences_and_reaches_the_policy_alone
 def test_an_unknown_dpo_loss_is_named():
     with pytest.raises(ValueError, match="'sigmoid', 'hinge' or 'ipo', not 'dpo'"):
         dpo_loss(*errors(1, 1, 1, 1), beta=1.0, loss_type="dpo")
+
+
+# --- DiffusionNFT ---
+
+
+def test_nft_loss_equals_hand_numbers():
+    # v_old = (0, 0), v_theta = (2, 0), mixing 1/2: v+ = (1, 0), v- = (-1, 0). v = (1, 2): squares (0, 4) and (4, 4),
+    # means 2 and 4. r = 3/4: 0.75 x 2 + 0.25 x 4 = 2.5.
+    velocity, old, target = torch.tensor([[2.0, 0.0]]), torch.zeros(1, 2), torch.tensor([[1.0, 2.0]])
+    sigma, r = torch.tensor([0.5]), torch.tensor([0.75])
+    plain = nft_loss(velocity, old, target, sigma, r, 0.5, adaptive=False)
+    assert (plain.loss.item(), plain.positive.item(), plain.negative.item()) == (2.5, 2.0, 4.0)
+    # Clean latents at sigma 1/2: errors (0, 1) and (1, 1), mean squares 1/2 and 1, mean sizes 1/2 and 1: 1 and 1.
+    adaptive = nft_loss(velocity, old, target, sigma, r, 0.5)
+    assert (adaptive.loss.item(), adaptive.positive.item(), adaptive.negative.item()) == (1.0, 1.0, 1.0)
+
+
+def test_the_adaptive_error_is_that_of_the_clean_latents_divided_by_its_mean_size():
+    clean, noise, old, velocity = (randn(3, 4, 5, seed=50 + n) for n in range(4))
+    sigma, r = torch.tensor([0.2, 0.7, 1.0]), torch.tensor([0.0, 0.4, 1.0])
+    s, expected = sigma.view(3, 1, 1), 0.0
+    noisy = (1 - s) * clean + s * noise
+    for weight, mixed in ((r, 0.7 * old + 0.3 * velocity), (1 - r, 1.3 * old - 0.3 * velocity)):
+        error = noisy - s * mixed - clean
+        expected = expected + weight * (error**2).mean((1, 2)) / error.abs().mean((1, 2))
+    torch.testing.assert_close(nft_loss(velocity, old, noise - clean, sigma, r, 0.3).loss, expected)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("mixing", [0.1, 1.0])
+def test_nft_gradient_of_the_first_update_is_the_advantage_times_that_of_the_matching_error(adaptive, mixing):
+    """At v_theta = v_old, scaled as in the trainer: A d/dv |v - target|^2, its size not differentiated, for any mixing."""
+    old, target, clip = randn(5, 6, seed=60), randn(5, 6, seed=61), 4.0
+    sigma, advantage = torch.rand(5, generator=torch.Generator().manual_seed(62)), torch.tensor([-4.0, -1, 0, 2, 4])
+    velocity = old.clone().requires_grad_()
+    loss = clip / mixing * nft_loss(velocity, old, target, sigma, 0.5 + advantage / (2 * clip), mixing, adaptive).loss
+    (found,) = torch.autograd.grad(loss.sum(), velocity)
+    expected = advantage[:, None] * 2 * (old - target) / 6
+    if adaptive:
+        expected = expected * sigma[:, None] / (old - target).abs().mean(1, keepdim=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(found[2], torch.zeros(6))
+
+
+def test_nft_gradient_away_from_the_old_policy_draws_back_to_it():
+    # r = 1/2: what is left is mixing^2 |v_theta - v_old|^2 and a constant.
+    old, velocity, target = randn(1, 6, seed=63), randn(1, 6, seed=64).requires_grad_(), randn(1, 6, seed=65)
+    half = torch.tensor([0.5])
+    (found,) = torch.autograd.grad(
+        nft_loss(velocity, old, target, half, half, 0.3, adaptive=False).loss.sum(), velocity
+    )
+    torch.testing.assert_close(found, 2 * 0.3**2 * (velocity - old).detach() / 6)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_nft_gradient_is_that_of_finite_differences_and_reaches_the_policy_alone(adaptive):
+    velocity, old, target = (randn(1, 5, seed=66 + n).requires_grad_() for n in range(3))
+    sigma, r = torch.tensor([0.6]), torch.tensor([0.8])
+    loss = nft_loss(velocity, old, target, sigma, r, 0.7, adaptive).loss.sum()
+    found, of_old = torch.autograd.grad(loss, (velocity, old), allow_unused=True)
+    assert of_old is None
+
+    def sized(side: torch.Tensor) -> float:  # with the sizes held where they are at `velocity`
+        step, here = 0.7 * (side - old), 0.7 * (velocity - old)
+        total = 0.0
+        for weight, sign in ((r, 1), (1 - r, -1)):
+            error, size = 0.6 * (old + sign * step - target), 0.6 * (old + sign * here - target).abs().mean()
+            total += (weight * (error**2).mean() / size if adaptive else weight * (error**2).mean() / 0.36).item()
+        return total
+
+    with torch.no_grad():
+        for place in range(5):
+            step = torch.zeros(1, 5)
+            step[0, place] = 1e-2
+            slope = (sized(velocity + step) - sized(velocity - step)) / 2e-2
+            assert found[0, place].item() == pytest.approx(slope, abs=1e-4)
+
+
+@pytest.mark.parametrize("mixing", [0.5, 1.0, 2.0])
+def test_nft_minimum_is_the_one_of_the_papers_theorem(mixing):
+    """Three clean points, each with its optimality: where descent ends is v_old + (2 / mixing) alpha (v+ - v_old).
+
+    At one noisy point the posterior of the clean point decides all: v_old = E[v], alpha = E[r], v+ = E[r v] / alpha.
+    """
+    clean, prior = torch.tensor([-1.0, 0.5, 2.0]), torch.tensor([0.5, 0.3, 0.2])
+    r, sigma, noisy = torch.tensor([0.1, 0.9, 0.6]), 0.6, 0.7
+    posterior = prior * torch.exp(-((noisy - (1 - sigma) * clean) ** 2) / (2 * sigma**2))
+    posterior = posterior / posterior.sum()
+    target = (noisy - clean) / sigma  # noise - clean, of the noise that leads from clean to noisy
+    old = (posterior * target).sum()
+    alpha = (posterior * r).sum()
+    positive = (posterior * r * target).sum() / alpha  # of the clean points drawn again in proportion to r
+    velocity = old.clone().requires_grad_()
+    for _ in range(200):
+        per_point = nft_loss(
+            velocity.expand(3, 1), old.expand(3, 1), target[:, None], torch.full((3,), sigma), r, mixing, adaptive=False
+        )
+        (slope,) = torch.autograd.grad((posterior * per_point.loss).sum(), velocity)
+        velocity = (velocity - 0.2 / mixing**2 * slope).detach().requires_grad_()
+    expected = old + 2 / mixing * alpha * (positive - old)
+    assert velocity.item() == pytest.approx(expected.item(), abs=1e-5) and abs((expected - old).item()) > 0.1

@@ -127,3 +127,16 @@ def test_images_are_the_decoded_latents(tiny):
         assert one.size == (64, 64)
         difference = torch.tensor(list(one.getdata())).float() - torch.tensor(list(other.getdata())).float()
         assert difference.abs().max() <= 1
+
+
+def test_the_second_order_solver_comes_nearer_to_a_fine_solution_with_as_many_forwards(tiny):
+    plan = replace(PLAN, sde_steps=(), noise_level=0.0, num_inference_steps=6)
+    fine = rollout(tiny, PROMPTS, KEYS, replace(plan, num_inference_steps=50)).latents
+    euler, second = (rollout(tiny, PROMPTS, KEYS, replace(plan, solver=solver)) for solver in ("euler", "ab2"))
+    assert second.forwards == euler.forwards == 6 * 6
+    assert (second.latents - fine).norm() < 0.85 * (euler.latents - fine).norm()
+
+
+def test_the_second_order_solver_wants_ode_steps_alone():
+    with pytest.raises(ValueError, match=r"solver ab2 needs every step to be an ODE step, found SDE steps \(0, 1\)"):
+        SamplingPlan(64, 64, num_inference_steps=5, sde_steps=(0, 1), noise_level=0.7, solver="ab2")

@@ -1,8 +1,9 @@
-"""SFT, DPO with the making of its pairs, or online DPO, over several seeds: what is held out, before and after.
+"""SFT, DPO with the making of its pairs, online DPO or DiffusionNFT, over several seeds: what is held out, before and after.
 
     python tests/bench/image_seeds.py sft --seeds 0 1 2
     python tests/bench/image_seeds.py dpo --seeds 0 1 2
     python tests/bench/image_seeds.py dpo_online --seeds 0 1 2
+    python tests/bench/image_seeds.py nft --seeds 0 1 2
 
 Every run is a process of its own with an empty cache; CPU minutes are those of all processes of a seed, start, pair
 making and pictures included.
@@ -23,6 +24,7 @@ SHOWN = {
     "sft": ("grounded", "shapes_following", "loss"),
     "dpo": ("warm_background", "accuracy", "shapes_following", "full_shapes_following"),
     "dpo_online": ("warm_background", "shapes_following", "full_shapes_following"),
+    "nft": ("warm_background", "shapes_following", "full_shapes_following"),
 }
 
 
@@ -42,8 +44,8 @@ def run(kind: str, seed: str, folder: Path, overrides: list[str]) -> list[dict]:
     """The log of one seed's training run."""
     common = ["--seed", seed, "--output_dir", str(folder / "run"), "--disable_tqdm", "true", *overrides]
     cache = ["--cache_dir", str(folder / "cache")]
-    if kind == "dpo_online":
-        call("dpo_online.py", "dpo_online.yaml", *common)
+    if kind in ("dpo_online", "nft"):
+        call(f"{kind}.py", f"{kind}.yaml", *common)
     elif kind == "sft":
         call("sft.py", "sft_style.yaml", *common, *cache)
     else:

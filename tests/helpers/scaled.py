@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from align.tiny import CHECKPOINT
 
 LAUNCHERS = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
-ALGORITHMS = ("sft", "dpo", "dpo_online", "grpo")
+ALGORITHMS = ("sft", "dpo", "dpo_online", "grpo", "nft")
 REWARD = ("--rewards", ROOT / "tests/helpers/brightness.py:score")
 UPDATES = 3
 #: Adam's first steps amplify rounding to the learning rate, sgd does not. Every gradient is clipped, the rate changes.
@@ -28,12 +28,15 @@ TRAIN = (
 )
 #: Two updates a rollout, so that the first checkpoint lies in the middle of one.
 GROUPS = ("--num_generations", "4", "--num_iterations", "2", "--num_inference_steps", "3")
+#: DiffusionNFT with a sampling policy that is not the trained one.
+SLOW_POLICY = ("--num_train_sigmas", "2", "--sampling_decay_rate", "0.3")
 #: (settings, examples of an update) of each algorithm.
 SETTINGS = {
     "sft": (("--config", "sft_style", "--lora_r", "4", "--num_inference_steps", "2"), 8),
     "dpo": (("--config", "dpo", "--num_inference_steps", "2"), 8),
     "dpo_online": (("--config", "dpo_online", *GROUPS, "--generation_batch_size", "32"), 8),
     "grpo": (("--config", "grpo", *GROUPS, "--generation_batch_size", "8", "--beta", "0.1"), 16),
+    "nft": (("--config", "nft", *GROUPS, "--generation_batch_size", "8", *SLOW_POLICY, "--beta", "0.1"), 16),
 }
 
 
