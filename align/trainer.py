@@ -111,6 +111,7 @@ class FlowTrainer(Trainer):
             # Where the optimizer is offloaded, accelerate would otherwise put DeepSpeed's Adam in place of any other.
             self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
         model.device = self.accelerator.device
+        self._time_backward()
         self.ema = EMACallback(self) if args.ema_decay else None
         if self.ema:
             self.add_callback(self.ema)
@@ -126,7 +127,8 @@ class FlowTrainer(Trainer):
         if self.ema:
             self.ema.resumed_from = self.resumed_from
         try:
-            return super().train(resume_from_checkpoint=self.resumed_from, **kwargs)
+            with self.metrics.models.attached(self.flow.parts()):
+                return super().train(resume_from_checkpoint=self.resumed_from, **kwargs)
         except self.stops:
             if self.state.global_step:  # nothing is lost: all updates up to here can be resumed from
                 self._save_checkpoint(self.model_wrapped, trial=None)
@@ -161,6 +163,16 @@ class FlowTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self.metrics.timed("update"):
             return super().training_step(*args, **kwargs)
+
+    def _time_backward(self) -> None:
+        """The Trainer has no hook around the backward, which is the launcher's to run."""
+        backward = self.accelerator.backward
+
+        def timed(loss: Tensor, **kwargs: Any) -> None:
+            with self.metrics.models.timed("backward"):
+                backward(loss, **kwargs)
+
+        self.accelerator.backward = timed
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training log; it comes on all processes
@@ -211,7 +223,7 @@ class FlowTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Measure and log, with the moving average of the weights if there is one."""
-        with self.averaged_weights():
+        with self.averaged_weights(), self.metrics.paused():
             metrics = self.held_out_metrics(eval_dataset, metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -230,7 +242,8 @@ class FlowTrainer(Trainer):
         args, state, run_folder = self.args, self.state, Path(str(self.args.output_dir))
         final = run_folder / f"checkpoint-{state.global_step}"
         best = str(run_folder / f"checkpoint-{state.best_global_step}") if state.best_global_step else None
-        with checkpoints.written_whole(final, self.identity(), args.should_save, args.save_total_limit, best) as folder:
+        whole = checkpoints.written_whole(final, self.identity(), args.should_save, args.save_total_limit, best)
+        with self.metrics.paused(), whole as folder:
             self._writing_into = str(folder.parent)
             try:
                 super()._save_checkpoint(model, trial)

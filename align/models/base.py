@@ -26,6 +26,10 @@ class FlowModel(Protocol):
     #: Where encoded prompts are kept on disk, if anywhere.
     prompt_cache: TensorCache | None
 
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """The modules that do the computing, by what they are called in the log: ``transformer``, ``vae``, ..."""
+        ...
+
     @property
     def cell(self) -> int:
         """Pixels along the side of one latent token: height and width are multiples of it."""

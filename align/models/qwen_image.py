@@ -85,6 +85,12 @@ class QwenImage:
         model._described = describe_transformer(str(name), folder)
         return model
 
+    def parts(self) -> dict[str, list[nn.Module]]:
+        pipeline = self.pipeline
+        vae = [pipeline.vae.encoder, pipeline.vae.decoder]
+        transformer = [self.transformer, *([self._reference_copy] if self._reference_copy is not None else [])]
+        return {"transformer": transformer, "text_encoder": [pipeline.text_encoder], "vae": vae}
+
     # -- frozen parts --------------------------------------------------------------------------------------------
 
     @contextmanager
