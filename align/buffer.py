@@ -1,7 +1,7 @@
 """What one rollout leaves to train on, transitions or pairs, dealt out in micro-batches."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from align.flow import StochasticSampler, Transition
 from align.rollout import seeded_noise
+
+#: In a checkpoint: what is left of a rollout on process {} of {}.
+PART = "rollout-{}-of-{}.safetensors"
 
 
 @dataclass
@@ -84,8 +87,8 @@ class TransitionBuffer:
             nominal_size=steps * images / self.micro_batches,
         )
 
-    def save(self, file: Path) -> None:
-        """Write what is left to train on into a checkpoint, as safetensors."""
+    def save(self, folder: Path, process: tuple[int, int]) -> None:
+        """Write what is left to train on into a checkpoint, as safetensors; ``process``: (index, count)."""
         tensors = {name: value.contiguous().cpu() for name, value in vars(self.transitions).items()}
         tensors |= {"advantages": self.advantages.cpu(), "live": self.live}
         rest = {
@@ -94,27 +97,56 @@ class TransitionBuffer:
             "steps": self.steps,
             "sampler": vars(self.sampler),
             "update": self.update,
-            "micro_batches": self.micro_batches,
             "seed": self.seed,
-            "keep_one": self.keep_one,
         }
-        save_file(tensors, file, metadata={"rollout": json.dumps(rest)})
+        save_file(tensors, folder / PART.format(*process), metadata={"rollout": json.dumps(rest)})
 
     @classmethod
-    def load(cls, file: Path, device: torch.device) -> "TransitionBuffer":
-        """Read what :meth:`save` wrote. Raises FileNotFoundError when the world size has changed since."""
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{file} is missing: this checkpoint was taken in the middle of a rollout, by another number of "
-                "processes. Resume with that number, or from a checkpoint between two rollouts"
-            )
+    def load(
+        cls, folder: Path, process: tuple[int, int], micro_batches: int, keep_one: bool, device: torch.device
+    ) -> "TransitionBuffer":
+        """The part of process (index, count) of what was written by as many processes, or by another number of them.
+
+        Raises FileNotFoundError when a part is missing.
+        """
+        index, count = process
+        file, split = folder / PART.format(*process), {"micro_batches": micro_batches, "keep_one": keep_one}
+        if file.is_file():
+            return cls._read(file, device, **split)
+        written = {int(part.stem.rpartition("-")[2]) for part in folder.glob(PART.format("*", "*"))}
+        if not written:
+            raise FileNotFoundError(f"{file} is missing: this checkpoint was taken in the middle of a rollout")
+        before = max(written)
+        parts = [cls._read(folder / PART.format(part, before), device, **split) for part in range(before)]
+        images = len(parts[0].live) // count
+        return cls._joined(parts, slice(index * images, (index + 1) * images))
+
+    @classmethod
+    def _read(cls, file: Path, device: torch.device, **split: Any) -> "TransitionBuffer":
         with safe_open(file, framework="pt") as stored:  # it knows no device "cpu:0", which several processes have
             tensors = {name: stored.get_tensor(name).to(device) for name in stored.keys()}  # noqa: SIM118 (it is no dict)
-            rest = json.loads(stored.metadata()["rollout"])
+            rest = json.loads(stored.metadata()["rollout"]) | split
         advantages, live = tensors.pop("advantages"), tensors.pop("live").cpu()
         sampler = StochasticSampler(**rest.pop("sampler"))
         rest["steps"] = tuple(rest["steps"])
         return cls(Transition(**tensors), advantages=advantages, live=live, sampler=sampler, **rest)
+
+    @classmethod
+    def _joined(cls, parts: list["TransitionBuffer"], own: slice) -> "TransitionBuffer":
+        """Of all processes' ``parts`` the images ``own``, by their places in the rollout."""
+        steps = len(parts[0].steps)
+
+        def images(name: str) -> Tensor:
+            each = [getattr(part.transitions, name).unflatten(0, (steps, -1)) for part in parts]
+            return torch.cat(each, 1)[:, own].flatten(0, 1)
+
+        return replace(
+            parts[0],
+            transitions=Transition(**{name: images(name) for name in vars(parts[0].transitions)}),
+            prompts=[prompt for part in parts for prompt in part.prompts][own],
+            advantages=torch.cat([part.advantages for part in parts])[own],
+            first=own.start,
+        )
 
 
 @dataclass

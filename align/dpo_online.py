@@ -86,8 +86,7 @@ class OnlineDPOConfig(DPOSettings, NoiseLevels, GroupConfig):
             *("logit_mean", "logit_std"),
         )
         # However processes and micro-batches share an update: its pairs, and their noise, are the same.
-        update = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
-        return {"groups_per_update": update} | {name: getattr(self, name) for name in names}
+        return super().dealing() | {name: getattr(self, name) for name in names}
 
 
 class OnlineDPOTrainer(GroupTrainer):

@@ -123,12 +123,21 @@ class GRPOConfig(GroupConfig):
 
     def dealing(self) -> dict[str, Any]:
         names = (
-            *("seed", "data_seed", "num_generations", "generation_batch_size", "num_iterations", "world_size"),
-            *("per_device_train_batch_size", "gradient_accumulation_steps", "height", "width", "num_inference_steps"),
-            *("guidance_scale", "negative_prompt", "noise_level", "sde_type", "sde_window_size", "sde_window_range"),
+            *("seed", "data_seed", "num_generations", "generation_batch_size", "num_iterations"),
+            *(
+                "height",
+                "width",
+                "num_inference_steps",
+                "guidance_scale",
+                "negative_prompt",
+                "noise_level",
+                "sde_type",
+                "sde_window_size",
+                "sde_window_range",
+            ),
             *("shared_initial_noise", "log_prob_reduction"),
         )
-        return {name: getattr(self, name) for name in names}
+        return super().dealing() | {name: getattr(self, name) for name in names}
 
     # -- how a rollout becomes optimizer updates --------------------------------------------------------------------
 

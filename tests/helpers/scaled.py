@@ -51,6 +51,8 @@ class Run:
     """A finished run, by its output_dir."""
 
     folder: Path
+    #: What it printed.
+    output: str = ""
 
     @cached_property
     def log(self) -> list[dict]:
@@ -89,11 +91,10 @@ def make_pairs(folder: Path) -> None:
     run(folder, sys.executable, ROOT / "align/generate.py", *words)
 
 
-def words(folder: Path, algorithm: str, launcher: str | None, out: str) -> list[object]:
-    """What a trainer is started with: on one process, or on two under a launcher; pairs and cache lie in ``folder``."""
+def words(folder: Path, algorithm: str, launcher: str | None, out: str, processes: int = 1) -> list[object]:
+    """What a trainer is started with, on so many processes under a launcher; pairs and cache lie in ``folder``."""
     (flag, config, *settings), examples = SETTINGS[algorithm]
     (folder / "prompts.txt").write_text("a red circle\ntwo blue squares\n")
-    processes = 1 if launcher is None else 2
     found: list[object] = [flag, ROOT / f"configs/tiny/{config}.yaml", *settings, *TRAIN, *REWARD, "--output_dir", out]
     found += ["--per_device_train_batch_size", examples // 2 // processes]
     if algorithm == "dpo":
@@ -102,19 +103,28 @@ def words(folder: Path, algorithm: str, launcher: str | None, out: str) -> list[
     found += ["--eval_prompts_name" if algorithm in ("sft", "dpo") else "--eval_dataset_name", "prompts.txt"]
     found += ["--cache_dir", "cache"] if algorithm in ("sft", "dpo") else []
     found += ["--guard_dataset_names", "prompts.txt"] if algorithm != "sft" else []
-    found += ["--use_cpu", "true"] if launcher in (None, "ddp") else []
+    found += ["--use_cpu", "true"] if launcher in (None, "single", "ddp") else []
     found += ["--ddp_backend", "gloo"] if processes > 1 else []
     return [ROOT / f"align/{algorithm}.py", *found]
 
 
-def train(folder: Path, algorithm: str, launcher: str | None, out: str, *more: object) -> Run:
-    """``algorithm`` on one process, or on two under a shipped launcher config."""
-    begin = [sys.executable] if launcher is None else on_cpu(ROOT / f"configs/accelerate/{launcher}.yaml", folder)
-    run(folder, *begin, *words(folder, algorithm, launcher, out), *more)
-    return Run(folder / out)
+def train(
+    folder: Path, algorithm: str, launcher: str | None, out: str, *more: object, processes: int | None = None
+) -> Run:
+    """``algorithm`` on one process, or under a shipped launcher config, on two if not said otherwise."""
+    count = processes or (1 if launcher is None else 2)
+    begin: list[object] = [sys.executable]
+    if launcher is not None:
+        begin = on_cpu(ROOT / f"configs/accelerate/{launcher}.yaml", folder, count)
+    output = run(folder, *begin, *words(folder, algorithm, launcher, out, count), *more)
+    return Run(folder / out, output)
 
 
-def resume(folder: Path, algorithm: str, launcher: str, whole: Run, *more: object) -> Run:
-    """Go on from the first checkpoint of ``whole``."""
+def resume(
+    folder: Path, algorithm: str, launcher: str | None, whole: Run, *more: object, processes: int | None = None
+) -> Run:
+    """Go on from the first checkpoint of ``whole``, on as many processes as :func:`train` or on others."""
     first = ("--save_strategy", "no", "--resume_from_checkpoint", f"{whole.folder.name}/checkpoint-1")
-    return train(folder, algorithm, launcher, f"{whole.folder.name}-resumed", *first, *more)
+    # The same folder may be resumed from in several ways.
+    out = f"{whole.folder.name}-on-{launcher or 'one'}-{processes or ''}"
+    return train(folder, algorithm, launcher, out, *first, *more, processes=processes)
