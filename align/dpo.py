@@ -60,9 +60,6 @@ class DPOSettings(FlowConfig):
         if self.label_smoothing and self.loss_type != "sigmoid":
             raise ValueError(f"label_smoothing belongs to loss_type sigmoid, found loss_type {self.loss_type}")
 
-    def wants_reference(self) -> str | None:
-        return "DPO"
-
 
 @dataclass
 class DPOConfig(DPOSettings, MatchingConfig):

@@ -58,9 +58,6 @@ class OnlineDPOConfig(DPOSettings, NoiseLevels, GroupConfig):
         super().__post_init__()
         self.check_least("min_margin", 0)
 
-    def wants_reference(self) -> str | None:
-        return "online DPO"
-
     @property
     def _groups(self) -> int:
         return self.generation_batch_size // self.num_generations

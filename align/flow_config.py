@@ -97,10 +97,6 @@ class FlowConfig(TrainingArguments):
                 "eval_strategy is set and there is no held-out data: give --eval_dataset_name, or eval_strategy: no"
             )
 
-    def wants_reference(self) -> str | None:
-        """What of these settings compares with the model as it was before training, if anything does."""
-        return None
-
     def eval_plan(self) -> SamplingPlan:
         """How held-out images are sampled: the plain ODE."""
         return SamplingPlan(

@@ -60,9 +60,6 @@ class GRPOConfig(GroupConfig):
         self._check_window()
         StochasticSampler(self.noise_level, self.sde_type, log_prob_reduction=self.log_prob_reduction)
 
-    def wants_reference(self) -> str | None:
-        return "beta > 0" if self.beta > 0 else None
-
     def _trainable_steps(self) -> int:
         """Steps that can be stochastic: the last step of cps has no noise."""
         return self.num_inference_steps - (1 if self.sde_type == "cps" else 0)

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,19 +36,29 @@ def keep_models_whole() -> None:
 
 def check_zero(args: Any, adapter: bool) -> None:
     """Raise ValueError for what a full fine-tune under ZeRO-3 cannot do. ``adapter``: whether an adapter is trained."""
-    if zero_stage(args) < 3 or adapter:
-        return
-    wanted_by = args.wants_reference()
-    if wanted_by:
-        raise ValueError(
-            f"{wanted_by} has nothing to refer to: a full fine-tune needs a frozen copy of the model, which ZeRO-3 "
-            "does not shard here. Train an adapter, or use ZeRO-2"
-        )
-    if args.ema_decay:
+    if zero_stage(args) == 3 and not adapter and args.ema_decay:
         raise ValueError(
             f"ema_decay {args.ema_decay} would keep a second, whole copy of a fully fine-tuned model on every process, "
             "which ZeRO-3 does not shard here. Train an adapter, use ZeRO-2, or leave ema_decay out"
         )
+
+
+def share_out_frozen(model: torch.nn.Module, args: TrainingArguments) -> torch.nn.Module:
+    """A frozen model, shared out by ZeRO-3 as what is trained is: by an engine of its own, that runs forward alone.
+
+    After the trained model's engine, by which the settings are complete.
+    """
+    import deepspeed
+
+    if isinstance(model, deepspeed.DeepSpeedEngine):  # by an earlier call
+        return model
+    config = deepcopy(args.deepspeed_plugin.deepspeed_config)
+    for training in ("optimizer", "scheduler"):
+        config.pop(training, None)
+    config["zero_optimization"].pop("offload_optimizer", None)
+    engine = deepspeed.initialize(model=model, config=config)[0]
+    engine.eval()  # which returns nothing
+    return engine
 
 
 # -- gathering --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Checkpoints hold what is trained and nothing else; the run folder ends with weig
 
 import logging
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ from align.sharding import (
     leave_out_frozen,
     load_engine,
     moved_from,
+    share_out_frozen,
     whole_state,
     zero_stage,
 )
@@ -278,6 +280,8 @@ class FlowTrainer(Trainer):
             read(self.trained_parameters(), Path(resume_from_checkpoint) / WEIGHTS)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         leave_out_frozen(self.model_wrapped)
+        if zero_stage(self.args) == 3:
+            self.flow.share_reference(partial(share_out_frozen, args=self.args))
         if resume_from_checkpoint is not None:
             # Not by the Trainer: it would miss the frozen weights, which our checkpoints leave out.
             if self._moved_from is None:

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from diffusers import QwenImagePipeline
-from launched import ROOT, on_cpu, run
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from launched import ROOT, finish, on_cpu, run, start
 from safetensors.torch import load_file
 
 from align.tiny import CHECKPOINT
@@ -19,6 +19,22 @@ LAUNCHERS = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
 ALGORITHMS = ("sft", "dpo", "dpo_online", "grpo")
 REWARD = ("--rewards", ROOT / "tests/helpers/brightness.py:score")
 UPDATES = 3
+#: One run after the other in the same processes; what went wrong is noted, by output_dir.
+CHAIN = """
+import json, sys
+from importlib import import_module
+from pathlib import Path
+from accelerate.state import AcceleratorState
+wrong = {}
+for script, *words in json.loads(Path(sys.argv[1]).read_text()):
+    AcceleratorState._reset_state()
+    try:
+        import_module("align." + Path(script).stem).main(words)
+    except (Exception, SystemExit) as error:
+        print(repr(error))
+        wrong[words[words.index("--output_dir") + 1]] = f"{error}" or repr(error)
+Path(sys.argv[1]).with_suffix(".wrong").write_text(json.dumps(wrong))
+"""
 #: Adam's first steps amplify rounding to the learning rate, sgd does not. Every gradient is clipped, the rate changes.
 TRAIN = (
     *("--optim", "sgd", "--learning_rate", "30", "--max_grad_norm", "0.001", "--lr_scheduler_type", "linear"),
@@ -30,7 +46,7 @@ TRAIN = (
 GROUPS = ("--num_generations", "4", "--num_iterations", "2", "--num_inference_steps", "3")
 #: (settings, examples of an update) of each algorithm.
 SETTINGS = {
-    "sft": (("--config", "sft_style", "--lora_r", "4", "--num_inference_steps", "2"), 8),
+    "sft": (("--config", "sft_style", "--num_inference_steps", "2"), 8),
     "dpo": (("--config", "dpo", "--num_inference_steps", "2"), 8),
     "dpo_online": (("--config", "dpo_online", *GROUPS, "--generation_batch_size", "32"), 8),
     "grpo": (("--config", "grpo", *GROUPS, "--generation_batch_size", "8", "--beta", "0.1"), 16),
@@ -63,6 +79,12 @@ class Run:
     def lora(self) -> dict[str, torch.Tensor]:
         return load_file(self.folder / "pytorch_lora_weights.safetensors")
 
+    @cached_property
+    def exported(self) -> dict[str, torch.Tensor]:
+        """The LoRA, or the whole transformer of a full fine-tune."""
+        whole = self.folder / "transformer"
+        return QwenImageTransformer2DModel.from_pretrained(whole).state_dict() if whole.is_dir() else self.lora
+
     def trained(self, update: int) -> dict[str, torch.Tensor]:
         """What the checkpoint of an update says the trained weights are."""
         return load_file(self.folder / f"checkpoint-{update}/model.safetensors")
@@ -71,7 +93,9 @@ class Run:
         return [entry[key] for entry in self.log[first:]]
 
     def loaded_by_stock(self) -> dict[str, torch.Tensor]:
-        """The adapter's weights in a stock pipeline that has loaded this run's LoRA, by the names they are trained by."""
+        """What was trained, in a stock pipeline that has loaded this run's export, by the names it is trained by."""
+        if (self.folder / "transformer").is_dir():
+            return self.exported
         pipeline = QwenImagePipeline.from_pretrained(CHECKPOINT)
         pipeline.load_lora_weights(self.folder, adapter_name="default")
         return {name: p.detach() for name, p in pipeline.transformer.named_parameters() if ".default." in name}
@@ -128,3 +152,14 @@ def resume(
     # The same folder may be resumed from in several ways.
     out = f"{whole.folder.name}-on-{launcher or 'one'}-{processes or ''}"
     return train(folder, algorithm, launcher, out, *first, *more, processes=processes)
+
+
+def chain(folder: Path, launcher: str | None, runs: list[list[object]], processes: int) -> dict[str, str]:
+    """Runs, given as :func:`words`, one after the other in one launch of processes: what went wrong, by output_dir."""
+    (folder / "chain.py").write_text(CHAIN)
+    (folder / "chain.json").write_text(json.dumps([[str(word) for word in run] for run in runs]))
+    begin: list[object] = [sys.executable]
+    if launcher is not None:
+        begin = on_cpu(ROOT / f"configs/accelerate/{launcher}.yaml", folder, processes)
+    finish(start(folder, *begin, folder / "chain.py", folder / "chain.json"), timeout=3000)
+    return json.loads((folder / "chain.wrong").read_text())
