@@ -173,7 +173,7 @@ def test_the_moving_average_of_shared_out_weights(folder):
 def test_a_full_fine_tune_of_shared_out_weights(folder, alone, algorithm, more, launcher):
     """With a reference, too: a frozen copy, which ZeRO-3 shares out as well."""
     alone(algorithm)  # DPO's pairs are made for it
-    more, name = ("--use_peft", "false", *more), f"full-{algorithm}{len(more)}"
+    more, name = (*scaled.FULL, *more), f"full-{algorithm}{len(more)}"
     one = scaled.train(folder, algorithm, None, f"{name}-one", *more)
     two = scaled.train(folder, algorithm, launcher, f"{name}-{launcher}", *more)
     rest = scaled.resume(folder, algorithm, launcher, two, *more)

@@ -22,7 +22,7 @@ COLUMNS = (
     *("algorithm", "tuning", "launcher", "runs", "loss", "weights", "their change", "resumes exactly"),
     *("resumed on one process", "loads in stock diffusers"),
 )
-TUNINGS = {"lora": (), "full": ("--use_peft", "false")}
+TUNINGS = {"lora": (), "full": scaled.FULL}
 #: The run itself, resumed as it was, and resumed on one process.
 WAYS = ("whole", "resumed", "alone")
 
@@ -42,8 +42,7 @@ def launch(folder: Path, cases: list[tuple[str, str]], launcher: str | None, way
     under, processes = (None, 1) if way == "alone" else (launcher, 1 if launcher is None else 2)
     runs = []
     for case in cases:
-        words = scaled.words(folder, case[0], under, name(case, launcher, way), processes)
-        words += TUNINGS[case[1]]
+        words = scaled.words(folder, case[0], under, name(case, launcher, way), processes, TUNINGS[case[1]])
         if way != "whole":
             checkpoint = f"{name(case, launcher, 'whole')}/checkpoint-1"
             words += ["--save_strategy", "no", "--resume_from_checkpoint", checkpoint]

@@ -3,12 +3,14 @@
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import yaml
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from launched import ROOT, finish, on_cpu, run, start
 from safetensors.torch import load_file
@@ -115,11 +117,22 @@ def make_pairs(folder: Path) -> None:
     run(folder, sys.executable, ROOT / "align/generate.py", *words)
 
 
-def words(folder: Path, algorithm: str, launcher: str | None, out: str, processes: int = 1) -> list[object]:
+#: What fine-tunes the whole transformer.
+FULL = ("--use_peft", "false")
+
+
+def words(
+    folder: Path, algorithm: str, launcher: str | None, out: str, processes: int = 1, more: Sequence[object] = ()
+) -> list[object]:
     """What a trainer is started with, on so many processes under a launcher; pairs and cache lie in ``folder``."""
     (flag, config, *settings), examples = SETTINGS[algorithm]
     (folder / "prompts.txt").write_text("a red circle\ntwo blue squares\n")
-    found: list[object] = [flag, ROOT / f"configs/tiny/{config}.yaml", *settings, *TRAIN, *REWARD, "--output_dir", out]
+    file = ROOT / f"configs/tiny/{config}.yaml"
+    if set(FULL) <= set(more):  # for which a config must say nothing of an adapter
+        kept = {key: value for key, value in yaml.safe_load(file.read_text()).items() if not key.startswith("lora_")}
+        file = folder / f"{config}-full.yaml"
+        file.write_text(yaml.safe_dump(kept))
+    found: list[object] = [flag, file, *settings, *TRAIN, *REWARD, "--output_dir", out]
     found += ["--per_device_train_batch_size", examples // 2 // processes]
     if algorithm == "dpo":
         found += ["--dataset_name", "pairs", "--eval_dataset_name", "pairs/train"]
@@ -129,7 +142,7 @@ def words(folder: Path, algorithm: str, launcher: str | None, out: str, processe
     found += ["--guard_dataset_names", "prompts.txt"] if algorithm != "sft" else []
     found += ["--use_cpu", "true"] if launcher in (None, "single", "ddp") else []
     found += ["--ddp_backend", "gloo"] if processes > 1 else []
-    return [ROOT / f"align/{algorithm}.py", *found]
+    return [ROOT / f"align/{algorithm}.py", *found, *more]
 
 
 def train(
@@ -140,7 +153,7 @@ def train(
     begin: list[object] = [sys.executable]
     if launcher is not None:
         begin = on_cpu(ROOT / f"configs/accelerate/{launcher}.yaml", folder, count)
-    output = run(folder, *begin, *words(folder, algorithm, launcher, out, count), *more)
+    output = run(folder, *begin, *words(folder, algorithm, launcher, out, count, more))
     return Run(folder / out, output)
 
 
