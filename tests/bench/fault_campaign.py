@@ -125,8 +125,8 @@ def disturb(place: Path, words: argparse.Namespace, span: float, draw: random.Ra
     name, everything = place.name, draw.random() < 0.5
     run = Run(place.parent, words.launcher, [*words.words, "--output_dir", name])
     run.wait_for_update(1)
+    victims = run.workers()  # before the moment: looking through all processes may take as long as several updates
     time.sleep(draw.uniform(0, span))
-    victims = run.workers()
     if not everything:
         victims = [draw.choice(victims)] if victims else []
     kill([*victims, *([run.process.pid] if everything and run.process.poll() is None else [])])
@@ -150,7 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max_steps", type=int, default=12)
+    parser.add_argument("--max_steps", type=int, default=48)
     parser.add_argument("--launcher", help="of configs/accelerate, instead of torchrun and DDP: zero2, zero3, ...")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no further moment is tried")
     parser.add_argument("--tolerance", type=float, default=0.0)
