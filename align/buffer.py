@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from align.flow import StochasticSampler, Transition
 from align.rollout import seeded_noise
+
+#: In a checkpoint: what is left of a rollout on process {} of {}.
+PART = "rollout-{}-of-{}.safetensors"
 
 
 @dataclass
@@ -71,10 +74,37 @@ class RolloutBuffer:
             return copy, image, torch.ones(len(image))
         return torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(1)
 
-    def _dealing(self) -> dict[str, Any]:
-        """What a checkpoint says of it, beside tensors."""
-        names = ("prompts", "first", "update", "micro_batches", "seed", "keep_one")
-        return {name: getattr(self, name) for name in names}
+    def save(self, folder: Path, process: tuple[int, int]) -> None:
+        """Write what is left to train on into a checkpoint, as safetensors; ``process``: (index, count)."""
+        tensors = {name: value.contiguous().cpu() for name, value in (self._rows() | {"live": self.live}).items()}
+        said = {name: getattr(self, name) for name in ("prompts", "first", "update", "seed")} | self._facts()
+        save_file(tensors, folder / PART.format(*process), metadata={"rollout": json.dumps(said)})
+
+    @classmethod
+    def load(
+        cls, folder: Path, process: tuple[int, int], micro_batches: int, keep_one: bool, device: torch.device
+    ) -> Self:
+        """The part of process (index, count) of what was written by as many processes, or by another number of them.
+
+        Raises FileNotFoundError when a part is missing.
+        """
+        rows, rest = _read_part(folder, process)
+        live = rows.pop("live")
+        rows = {name: value.to(device) for name, value in rows.items()}
+        return cls._made(rows, rest | {"live": live, "micro_batches": micro_batches, "keep_one": keep_one})
+
+    def _rows(self) -> dict[str, Tensor]:
+        """What is kept of each image, or of each of its copies, by name: (N, ...) or (copies * N, ...)."""
+        raise NotImplementedError
+
+    def _facts(self) -> dict[str, Any]:
+        """What else is kept of the rollout, for JSON."""
+        return {}
+
+    @classmethod
+    def _made(cls, rows: dict[str, Tensor], rest: dict[str, Any]) -> Self:
+        """A buffer of :meth:`_rows` and everything else."""
+        return cls(**{**rows, **rest})
 
 
 @dataclass(kw_only=True)
@@ -102,21 +132,17 @@ class TransitionBuffer(RolloutBuffer):
             nominal_size=steps * images / self.micro_batches,
         )
 
-    def save(self, file: Path) -> None:
-        """Write what is left to train on into a checkpoint, as safetensors."""
-        tensors = {name: value.contiguous().cpu() for name, value in vars(self.transitions).items()}
-        tensors |= {"advantages": self.advantages.cpu(), "live": self.live}
-        rest = self._dealing() | {"steps": self.steps, "sampler": vars(self.sampler)}
-        save_file(tensors, file, metadata={"rollout": json.dumps(rest)})
+    def _rows(self) -> dict[str, Tensor]:
+        return {**vars(self.transitions), "advantages": self.advantages}
+
+    def _facts(self) -> dict[str, Any]:
+        return {"steps": self.steps, "sampler": vars(self.sampler)}
 
     @classmethod
-    def load(cls, file: Path, device: torch.device) -> "TransitionBuffer":
-        """Read what :meth:`save` wrote. Raises FileNotFoundError when the world size has changed since."""
-        tensors, rest = _read(file, device)
-        advantages, live = tensors.pop("advantages"), tensors.pop("live").cpu()
+    def _made(cls, rows: dict[str, Tensor], rest: dict[str, Any]) -> Self:
         sampler, steps = StochasticSampler(**rest.pop("sampler")), tuple(rest.pop("steps"))
-        transitions = Transition(**tensors)
-        return cls(transitions=transitions, advantages=advantages, live=live, steps=steps, sampler=sampler, **rest)
+        advantages = rows.pop("advantages")
+        return cls(transitions=Transition(**rows), advantages=advantages, steps=steps, sampler=sampler, **rest)
 
 
 @dataclass
@@ -176,18 +202,9 @@ class PointBuffer(RolloutBuffer):
             nominal_size=len(self.sigma) / self.micro_batches,
         )
 
-    def save(self, file: Path) -> None:
-        """Write what is left to train on into a checkpoint, as safetensors."""
-        names = ("latents", "sigma", "optimality", "live", "old_velocity")
-        tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        on_cpu = {name: value.contiguous().cpu() for name, value in tensors.items()}
-        save_file(on_cpu, file, metadata={"rollout": json.dumps(self._dealing())})
-
-    @classmethod
-    def load(cls, file: Path, device: torch.device) -> "PointBuffer":
-        """Read what :meth:`save` wrote. Raises FileNotFoundError when the world size has changed since."""
-        tensors, rest = _read(file, device)
-        return cls(live=tensors.pop("live").cpu(), **rest, **tensors)  # type: ignore[arg-type]
+    def _rows(self) -> dict[str, Tensor]:
+        names = ("latents", "sigma", "optimality", "old_velocity")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 @dataclass
@@ -253,15 +270,32 @@ class PairBuffer:
         return cls(latents, **rest, **split)
 
 
-def _read(file: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and the rest of one process's part of a rollout."""
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{file} is missing: this checkpoint was taken in the middle of a rollout, by another number of "
-            "processes. Resume with that number, or from a checkpoint between two rollouts"
-        )
-    with safe_open(file, framework="pt") as stored:  # it knows no device "cpu:0", which several processes have
-        tensors = {name: stored.get_tensor(name).to(device) for name in stored.keys()}  # noqa: SIM118 (it is no dict)
+def _read_part(folder: Path, process: tuple[int, int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of process (index, count), put together from the parts of all processes if they were others."""
+    index, count = process
+    file = folder / PART.format(index, count)
+    if file.is_file():
+        return _read(file)
+    written = {int(part.stem.rpartition("-")[2]) for part in folder.glob(PART.format("*", "*"))}
+    if not written:
+        raise FileNotFoundError(f"{file} is missing: this checkpoint was taken in the middle of a rollout")
+    parts = [_read(folder / PART.format(part, max(written))) for part in range(max(written))]
+    live, share = parts[0][0]["live"], len(parts[0][1]["prompts"])
+    own = slice(index * len(live) // count, (index + 1) * len(live) // count)
+
+    def images(name: str) -> Tensor:
+        each = [rows[name].unflatten(0, (-1, share)) for rows, _ in parts]  # copy by copy
+        return torch.cat(each, 1)[:, own].flatten(0, 1)
+
+    rows = {name: images(name) for name in parts[0][0] if name != "live"}
+    prompts = [prompt for _, rest in parts for prompt in rest["prompts"]][own]
+    return rows | {"live": live}, parts[0][1] | {"prompts": prompts, "first": own.start}
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of one process's part."""
+    with safe_open(file, framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (it is no dict)
         return tensors, json.loads(stored.metadata()["rollout"])
 
 

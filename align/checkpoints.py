@@ -122,13 +122,15 @@ _ADVICE = {
     "trained": "resume with the same",
     "dealing": "resume with the same",
 }
+#: Of the dealing: rows of all processes that an update sees. FlowConfig.check_batch says what would make them the same.
+ROWS_PER_UPDATE = "rows_per_update"
 
 
 def check_identity(folder: Path, run: dict[str, dict[str, Any]]) -> None:
     """Raise ValueError, naming what differs and what would do, when a checkpoint is not of this ``run``.
 
     ``run``: what is known of it so far, as in :meth:`align.trainer.FlowTrainer.identity`. What only one of the two
-    knows is not compared.
+    knows is not compared, nor are the rows of an update.
     """
     wrong = fault(folder)
     if wrong:
@@ -142,13 +144,18 @@ def check_identity(folder: Path, run: dict[str, dict[str, Any]]) -> None:
     lora = stored["run"]["trained"]["tuning"] == "LoRA"
     for part, advice in _ADVICE.items():
         now, then = json.loads(json.dumps(run.get(part, {}))), stored["run"].get(part, {})
-        for name in [n for n in then if n in now and now[n] != then[n] and n != "name"]:
+        for name in [n for n in then if n in now and now[n] != then[n] and n not in ("name", ROWS_PER_UPDATE)]:
             what = f"{name} is {now[name]!r} and was {then[name]!r}"
             if part == "model":
                 what = f"the model is {now['name']} and was {then['name']} ({what})"
             elif lora:
                 advice += f", or start a new run from its LoRA with --adapter {folder}"
             raise ValueError(f"{what} when {folder} was written: {advice}")
+
+
+def stored_dealing(folder: Path) -> dict[str, Any]:
+    """What decided what an update was made of in the run that wrote a whole checkpoint."""
+    return json.loads((folder / MANIFEST).read_text()).get("run", {}).get("dealing", {})
 
 
 # -- writing -------------------------------------------------------------------------------------------------------

@@ -60,8 +60,8 @@ class DPOSettings(FlowConfig):
         if self.label_smoothing and self.loss_type != "sigmoid":
             raise ValueError(f"label_smoothing belongs to loss_type sigmoid, found loss_type {self.loss_type}")
 
-    def wants_reference(self) -> str | None:
-        return "DPO"
+    def keeps_reference(self) -> bool:
+        return True
 
 
 @dataclass

@@ -58,9 +58,6 @@ class OnlineDPOConfig(DPOSettings, NoiseLevels, GroupConfig):
         super().__post_init__()
         self.check_least("min_margin", 0)
 
-    def wants_reference(self) -> str | None:
-        return "online DPO"
-
     @property
     def _groups(self) -> int:
         return self.generation_batch_size // self.num_generations
@@ -86,8 +83,7 @@ class OnlineDPOConfig(DPOSettings, NoiseLevels, GroupConfig):
             *("logit_mean", "logit_std"),
         )
         # However processes and micro-batches share an update: its pairs, and their noise, are the same.
-        update = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
-        return {"groups_per_update": update} | {name: getattr(self, name) for name in names}
+        return super().dealing() | {name: getattr(self, name) for name in names}
 
 
 class OnlineDPOTrainer(GroupTrainer):

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from align import checkpoints
 from align.rollout import SamplingPlan
-from align.sharding import check_sharding, keep_models_whole
+from align.sharding import keep_models_whole
 
 logger = logging.getLogger(__name__)
 
@@ -101,10 +101,6 @@ class FlowConfig(TrainingArguments):
                 "eval_strategy is set and there is no held-out data: give --eval_dataset_name, or eval_strategy: no"
             )
 
-    def wants_reference(self) -> str | None:
-        """What of these settings compares with the model as it was before training, if anything does."""
-        return None
-
     def eval_plan(self) -> SamplingPlan:
         """How held-out images are sampled: the plain ODE."""
         return SamplingPlan(
@@ -126,9 +122,43 @@ class FlowConfig(TrainingArguments):
         for name in (*FINISHED, "before_after.png", "reward_curve.png", "README.md"):
             (folder / name).unlink(missing_ok=True)
 
+    def keeps_reference(self) -> bool:
+        """Whether the model as it was before training is run beside it."""
+        return False
+
+    def whole_copy(self) -> str | None:
+        """Which of these settings keeps a second copy of what is trained, whole on every process, if any does."""
+        return f"ema_decay {self.ema_decay}" if self.ema_decay else None
+
+    def rows_per_update(self) -> int:
+        """Rows of all processes that one update sees: per_device_train_batch_size x accumulation x processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
     def dealing(self) -> dict[str, Any]:
         """What decides what an update is made of: the same when a run is resumed, or it is another run."""
-        return {}
+        return {checkpoints.ROWS_PER_UPDATE: self.rows_per_update()}
+
+    def check_batch(self, folder: Path) -> None:
+        """Raise ValueError, with values that would do, when an update would see other rows than the checkpoint's did."""
+        then, now = checkpoints.stored_dealing(folder).get(checkpoints.ROWS_PER_UPDATE), self.rows_per_update()
+        if then in (None, now):
+            return
+        size, accumulation, world = self.per_device_train_batch_size, self.gradient_accumulation_steps, self.world_size
+        ways = []
+        if then % (accumulation * world) == 0:
+            ways.append(f"--per_device_train_batch_size {then // (accumulation * world)}")
+        if then % (size * world) == 0:
+            ways.append(f"--gradient_accumulation_steps {then // (size * world)}")
+        if then % (size * accumulation) == 0:
+            ways.append(f"--num_processes {then // (size * accumulation)}")
+        if not ways and then % world == 0:
+            ways.append(f"--per_device_train_batch_size {then // world} --gradient_accumulation_steps 1")
+        if not ways:
+            ways.append(f"a number of processes that divides {then}")
+        raise ValueError(
+            f"per_device_train_batch_size {size} x gradient_accumulation_steps {accumulation} x {world} processes = {now} "
+            f"rows an update, and it was {then} when {folder} was written: resume with {' or '.join(ways)}"
+        )
 
     def checkpoint_to_resume(self) -> str | None:
         """The folder that ``resume_from_checkpoint`` means (``true``: the last whole one in output_dir), if any.
@@ -142,7 +172,6 @@ class FlowConfig(TrainingArguments):
         if resume:
             folder = checkpoints.find(str(self.output_dir), str(wanted), say=self.process_index == 0)
             if folder is not None:
-                check_sharding(folder, self)
                 return str(folder)
         there = checkpoints.checkpoints(str(self.output_dir))
         left = [there[0].name] if there else [n for n in FINISHED if (Path(str(self.output_dir)) / n).exists()]

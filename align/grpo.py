@@ -175,14 +175,13 @@ class GRPOTrainer(GroupTrainer):
         self._consistent = False
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def _buffer_file(self, folder: Path) -> Path:
-        return folder / f"rollout-{self.args.process_index}-of-{self.args.world_size}.safetensors"
-
     def save_buffer(self, folder: Path) -> None:
-        self._buffer.save(self._buffer_file(folder))
+        self._buffer.save(folder, (self.args.process_index, self.args.world_size))
 
     def load_buffer(self, folder: Path) -> TransitionBuffer:
-        return TransitionBuffer.load(self._buffer_file(folder), self.accelerator.device)
+        args = self.args
+        process, parts = (args.process_index, args.world_size), args.micro_batches_per_pass(args.world_size)
+        return TransitionBuffer.load(folder, process, parts, self.in_step, self.accelerator.device)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -85,8 +85,8 @@ class GRPOConfig(GroupConfig):
                 )
         StochasticSampler(self.noise_level, self.sde_type, log_prob_reduction=self.log_prob_reduction)
 
-    def wants_reference(self) -> str | None:
-        return "beta > 0" if self.beta > 0 else None
+    def keeps_reference(self) -> bool:
+        return self.beta > 0
 
     def _trainable_steps(self) -> int:
         """Steps that can be stochastic: the last step of cps has no noise."""
@@ -150,12 +150,12 @@ class GRPOConfig(GroupConfig):
 
     def dealing(self) -> dict[str, Any]:
         names = (
-            *("seed", "data_seed", "num_generations", "generation_batch_size", "num_iterations", "world_size"),
-            *("per_device_train_batch_size", "gradient_accumulation_steps", "height", "width", "num_inference_steps"),
-            *("guidance_scale", "negative_prompt", "noise_level", "sde_type", "sde_window_size", "sde_window_range"),
-            *("sde_window_schedule", "sde_window_interval", "sde_window_stride", "num_prefixes", "log_prob_reduction"),
+            *("seed", "data_seed", "num_generations", "generation_batch_size", "num_iterations", "height", "width"),
+            *("num_inference_steps", "guidance_scale", "negative_prompt", "noise_level", "sde_type", "sde_window_size"),
+            *("sde_window_range", "sde_window_schedule", "sde_window_interval", "sde_window_stride", "num_prefixes"),
+            *("num_trained", "log_prob_reduction"),
         )
-        return {name: getattr(self, name) for name in names}
+        return super().dealing() | {name: getattr(self, name) for name in names}
 
     # -- how a rollout becomes optimizer updates --------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ def find_checkpoint(trainer_type: type[FlowTrainer], model_args: ModelArguments,
         algorithm = {"algorithm": trainer_type.algorithm}
         run = {"algorithm": algorithm, **model_args.identity(), "dealing": args.dealing()}
         check_identity(Path(folder), run)
+        args.check_batch(Path(folder))
     return folder
 
 

@@ -115,7 +115,7 @@ def need(counts: Counts, setup: Setup) -> Need:
     gathered = 2.0 * counts.block * _held(setup) if setup.stage == 3 else 0.0  # weights and gradients of a block
     encoders, copies, host = float(counts.encoders * setup.dtype), 0.0, 0.0
     if setup.reference and not counts.adapter:
-        copies += counts.transformer * setup.dtype
+        copies += counts.transformer * setup.dtype / (setup.processes if setup.stage == 3 else 1)
     if setup.average:
         copies += 4 * counts.trained
     if setup.to_host:
@@ -173,8 +173,8 @@ def setup_of(model: ModelArguments, args: FlowConfig) -> Setup:
         dtype=DTYPES[model.dtype].itemsize,
         half=args.bf16 or args.fp16,
         moments=MOMENTS.get(str(getattr(args.optim, "value", args.optim)), 0),
-        reference=args.wants_reference() is not None,
-        average=args.ema_decay is not None,
+        reference=args.keeps_reference(),
+        average=args.whole_copy() is not None,
         offload=model.offload,
         to_host="cpu" in devices or "nvme" in devices,
     )
@@ -246,7 +246,7 @@ def _what_fits(counts: Counts, setup: Setup, there: float, on_host: int) -> str:
         for name, stage in LAUNCHERS.items()
         if stage["stage"]
     ]
-    if (setup.reference or setup.average) and not counts.adapter:  # which ZeRO-3 does not shard
+    if setup.average and not counts.adapter:  # which ZeRO-3 does not shard
         tries = [(said, other) for said, other in tries if other.stage < 3]
     whole = [] if on_host else [said for said, other in tries if _kept(counts, other, 0) <= there]
     # Of low rank, an adapter is nearly nothing.

@@ -122,20 +122,23 @@ class NFTConfig(NoiseLevels, GroupConfig):
         """Whether the sampling policy is ever another than the trained one."""
         return self.sampling_decay_rate > 0 and self.sampling_decay_max > 0
 
-    def wants_reference(self) -> str | None:
-        return "beta > 0" if self.beta > 0 else "sampling_decay_rate > 0" if self.remembers else None
+    def keeps_reference(self) -> bool:
+        return self.beta > 0
+
+    def whole_copy(self) -> str | None:
+        remembered = f"sampling_decay_rate {self.sampling_decay_rate}" if self.remembers else None
+        return super().whole_copy() or remembered
 
     def plan(self, update: int) -> SamplingPlan:
         return replace(super().plan(update), solver=self.solver)
 
     def dealing(self) -> dict[str, Any]:
         names = (
-            *("seed", "data_seed", "num_generations", "generation_batch_size", "num_iterations", "world_size"),
-            *("per_device_train_batch_size", "gradient_accumulation_steps", "height", "width", "num_inference_steps"),
-            *("guidance_scale", "negative_prompt", "solver", "train_sigmas", "num_train_sigmas"),
+            *("seed", "data_seed", "num_generations", "generation_batch_size", "num_iterations", "height", "width"),
+            *("num_inference_steps", "guidance_scale", "negative_prompt", "solver", "train_sigmas", "num_train_sigmas"),
             *("logit_mean", "logit_std", "sampling_decay_rate", "sampling_decay_max"),
         )
-        return {name: getattr(self, name) for name in names}
+        return super().dealing() | {name: getattr(self, name) for name in names}
 
     # -- how a rollout becomes optimizer updates --------------------------------------------------------------------
 
@@ -312,14 +315,13 @@ class NFTTrainer(GroupTrainer):
         if self._old is not None and self.args.should_save:
             self._old.save(folder / SAMPLING_POLICY)
 
-    def _buffer_file(self, folder: Path) -> Path:
-        return folder / f"rollout-{self.args.process_index}-of-{self.args.world_size}.safetensors"
-
     def save_buffer(self, folder: Path) -> None:
-        self._buffer.save(self._buffer_file(folder))
+        self._buffer.save(folder, (self.args.process_index, self.args.world_size))
 
     def load_buffer(self, folder: Path) -> PointBuffer:
-        return PointBuffer.load(self._buffer_file(folder), self.accelerator.device)
+        args = self.args
+        process, parts = (args.process_index, args.world_size), args.micro_batches_per_pass(args.world_size)
+        return PointBuffer.load(folder, process, parts, self.in_step, self.accelerator.device)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,9 +1,12 @@
 """DeepSpeed's ZeRO under a trainer: what it can do, gathering what is trained, and the checkpoints of its engine."""
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+logger = logging.getLogger(__name__)
 
 #: In a checkpoint: how it is shared out over files.
 SHARDING = "sharding.json"
@@ -34,19 +39,30 @@ def keep_models_whole() -> None:
 
 def check_zero(args: Any, adapter: bool) -> None:
     """Raise ValueError for what a full fine-tune under ZeRO-3 cannot do. ``adapter``: whether an adapter is trained."""
-    if zero_stage(args) < 3 or adapter:
-        return
-    wanted_by = args.wants_reference()
-    if wanted_by:
+    copy = args.whole_copy()
+    if zero_stage(args) == 3 and not adapter and copy is not None:
         raise ValueError(
-            f"{wanted_by} has nothing to refer to: a full fine-tune needs a frozen copy of the model, which ZeRO-3 "
-            "does not shard here. Train an adapter, or use ZeRO-2"
+            f"{copy} would keep a second, whole copy of a fully fine-tuned model on every process, which ZeRO-3 does not "
+            f"shard here. Train an adapter, use ZeRO-2, or leave {copy.split()[0]} out"
         )
-    if args.ema_decay:
-        raise ValueError(
-            f"ema_decay {args.ema_decay} would keep a second, whole copy of a fully fine-tuned model on every process, "
-            "which ZeRO-3 does not shard here. Train an adapter, use ZeRO-2, or leave ema_decay out"
-        )
+
+
+def share_out_frozen(model: torch.nn.Module, args: TrainingArguments) -> torch.nn.Module:
+    """A frozen model, shared out by ZeRO-3 as what is trained is: by an engine of its own, that runs forward alone.
+
+    After the trained model's engine, by which the settings are complete.
+    """
+    import deepspeed
+
+    if isinstance(model, deepspeed.DeepSpeedEngine):  # by an earlier call
+        return model
+    config = deepcopy(args.deepspeed_plugin.deepspeed_config)
+    for training in ("optimizer", "scheduler"):
+        config.pop(training, None)
+    config["zero_optimization"].pop("offload_optimizer", None)
+    engine = deepspeed.initialize(model=model, config=config)[0]
+    engine.eval()  # which returns nothing
+    return engine
 
 
 # -- gathering --------------------------------------------------------------------------------------------------------
@@ -88,9 +104,45 @@ def leave_out_frozen(engine: Any) -> None:
     engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
 
 
-def write_sharding(folder: Path, args: TrainingArguments) -> None:
-    """Note in a checkpoint of the engine under what it was written, for :func:`check_sharding`."""
-    (folder / SHARDING).write_text(json.dumps({"zero_stage": zero_stage(args), "processes": args.world_size}))
+@dataclass(frozen=True)
+class Sharding:
+    """How a run is shared out: ZeRO stage (0: not at all), number of processes, and where ZeRO keeps the optimizer."""
+
+    zero_stage: int
+    processes: int
+    offload: str = "none"
+
+    @classmethod
+    def of(cls, args: TrainingArguments) -> "Sharding":
+        """That of this run."""
+        config = {} if args.deepspeed_plugin is None else args.deepspeed_plugin.deepspeed_config
+        offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+        return cls(zero_stage(args), args.world_size, str(offload))
+
+    @classmethod
+    def stored(cls, folder: Path, args: TrainingArguments) -> "Sharding":
+        """That of a checkpoint. Without ZeRO every process has all there is, and their number does not matter."""
+        file = folder / SHARDING
+        return cls(**json.loads(file.read_text())) if file.is_file() else cls(0, args.world_size)
+
+    def write(self, folder: Path) -> None:
+        """Note it in a checkpoint of the engine."""
+        left_out = {} if self.offload == "none" else {"offload": self.offload}
+        note = {"zero_stage": self.zero_stage, "processes": self.processes} | left_out
+        (folder / SHARDING).write_text(json.dumps(note))
+
+    def said(self) -> str:
+        """In words."""
+        offloaded = f" with the optimizer on the {self.offload}" if self.offload != "none" else ""
+        stage = f"under DeepSpeed ZeRO-{self.zero_stage} on {self.processes} processes{offloaded}"
+        return stage if self.zero_stage else "without DeepSpeed"
+
+    def launched(self) -> str:
+        """How a run is launched to be shared out so."""
+        if not self.zero_stage:
+            return "with configs/accelerate/ddp.yaml or single.yaml"
+        offload = "_offload" if self.offload != "none" and self.zero_stage == 3 else ""
+        return f"with configs/accelerate/zero{self.zero_stage}{offload}.yaml and --num_processes {self.processes}"
 
 
 @contextmanager
@@ -126,22 +178,14 @@ def load_engine(engine: Any, folder: Path) -> None:
         raise ValueError(f"DeepSpeed finds nothing to resume from in {folder}")
 
 
-def check_sharding(folder: Path, args: TrainingArguments) -> None:
-    """Raise ValueError for a checkpoint that was written under another ZeRO stage, or by other processes under ZeRO."""
-    file = folder / SHARDING
-    there = json.loads(file.read_text()) if file.is_file() else {"zero_stage": 0, "processes": args.world_size}
-    here = {"zero_stage": zero_stage(args), "processes": args.world_size}
+def moved_from(folder: Path, args: TrainingArguments, say: bool) -> Sharding | None:
+    """How the run that wrote a checkpoint was shared out, if otherwise than this one; said aloud if ``say``."""
+    there, here = Sharding.stored(folder, args), Sharding.of(args)
     if there == here:
-        return
-    stage = there["zero_stage"]
-    launcher = f"configs/accelerate/zero{stage}.yaml" if stage else "configs/accelerate/ddp.yaml or single.yaml"
-    processes = f" and --num_processes {there['processes']}" if stage else ""
-    raise ValueError(
-        f"checkpoint {folder} was written {_said(there)}, and this run is {_said(here)}: what the optimizer knows cannot "
-        f"be carried over. Resume with {launcher}{processes}"
-    )
-
-
-def _said(sharding: dict[str, int]) -> str:
-    stage, processes = sharding["zero_stage"], sharding["processes"]
-    return f"under DeepSpeed ZeRO-{stage} on {processes} processes" if stage else "without DeepSpeed"
+        return None
+    if say:
+        logger.warning(
+            "%s was written %s, and this run is %s: what the optimizer knows is dealt out anew",
+            *(folder, there.said(), here.said()),
+        )
+    return there

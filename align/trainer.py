@@ -5,6 +5,7 @@ Checkpoints hold what is trained and nothing else; the run folder ends with weig
 
 import logging
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,14 +22,16 @@ from align.evaluation import check_columns, evaluate_prompts
 from align.flow_config import FlowConfig
 from align.metrics import RunMetrics
 from align.models.base import FlowModel
+from align.resharding import deal_anew
 from align.sharding import (
-    check_sharding,
+    Sharding,
     check_zero,
     keep_models_whole,
     leave_out_frozen,
     load_engine,
+    moved_from,
+    share_out_frozen,
     whole_state,
-    write_sharding,
     zero_stage,
 )
 from rewards import Reward, RewardError
@@ -85,6 +88,8 @@ class FlowTrainer(Trainer):
         self.flow = model
         self.metrics = RunMetrics(self.phases)
         self.resumed_from: str | None = None
+        self._moved_from: Sharding | None = None  # what wrote the checkpoint, where this run is shared out otherwise
+        self._dealt: list[str] = []  # what is trained, in the order of the optimizer
         self._writing_into: str | None = None
         self.interrupt = InterruptCallback()
         if peft_config is not None and model.adapter:
@@ -119,11 +124,12 @@ class FlowTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         wanted, say = resume_from_checkpoint, self.is_world_process_zero()
         folder = checkpoints.find(str(self.args.output_dir), wanted, say) if wanted else None
-        self.resumed_from = None if folder is None else str(folder)
+        self.resumed_from, self._moved_from = None if folder is None else str(folder), None
         checkpoints.check_agreed(self.resumed_from)
         if folder is not None:
             checkpoints.check_identity(folder, self.identity())
-            check_sharding(folder, self.args)
+            self.args.check_batch(folder)
+            self._moved_from = moved_from(folder, self.args, say)
         if self.ema:
             self.ema.resumed_from = self.resumed_from
         try:
@@ -277,20 +283,41 @@ class FlowTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.is_deepspeed_enabled and self.args.should_save:
-            write_sharding(Path(output_dir), self.args)
+            Sharding.of(self.args).write(Path(output_dir))
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if resume_from_checkpoint is not None:
-            read_trained(self.trained_parameters(), Path(resume_from_checkpoint) / WEIGHTS)
+        if resume_from_checkpoint is not None:  # dealt anew, they are loaded before the engine shares them out
+            read = read_trained if self._moved_from is None else load_trained
+            read(self.trained_parameters(), Path(resume_from_checkpoint) / WEIGHTS)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         leave_out_frozen(self.model_wrapped)
+        if zero_stage(self.args) == 3:
+            self.flow.share_reference(partial(share_out_frozen, args=self.args))
         if resume_from_checkpoint is not None:
             # Not by the Trainer: it would miss the frozen weights, which our checkpoints leave out.
-            load_engine(self.model_wrapped, Path(resume_from_checkpoint))
+            if self._moved_from is None:
+                load_engine(self.model_wrapped, Path(resume_from_checkpoint))
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh:
+            names = {parameter: name for name, parameter in self.model.named_parameters()}
+            self._dealt = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+        return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self._moved_from is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        trained = self.trained_parameters()
+        ordered = {name: trained[name] for name in self._dealt}
+        engine = self.model_wrapped if self.is_deepspeed_enabled else None
+        deal_anew(Path(checkpoint), self._moved_from, ordered, self.optimizer, self.lr_scheduler, engine)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         load_trained(self.trained_parameters(), Path(resume_from_checkpoint) / WEIGHTS)

@@ -203,8 +203,8 @@ def test_every_row_can_be_dealt_live_or_not():
 @pytest.mark.parametrize("keep_one", [False, True])
 def test_saving_and_loading_goes_on_identically(tmp_path, sampler, keep_one):
     source = buffer(keep_one=keep_one, sampler=sampler, micro_batches=4)
-    source.save(tmp_path / "rollout.safetensors")
-    loaded = TransitionBuffer.load(tmp_path / "rollout.safetensors", torch.device("cpu:0"))  # as launchers say it
+    source.save(tmp_path, (0, 1))
+    loaded = TransitionBuffer.load(tmp_path, (0, 1), 4, keep_one, torch.device("cpu:0"))  # as launchers say it
     for name, value in vars(source.transitions).items():
         stored = getattr(loaded.transitions, name)
         assert stored.dtype == value.dtype and torch.equal(stored, value), name
@@ -217,18 +217,32 @@ def test_saving_and_loading_goes_on_identically(tmp_path, sampler, keep_one):
 
 
 def test_what_is_saved_is_safetensors_of_plain_data(tmp_path):
-    buffer().save(tmp_path / "rollout.safetensors")
-    with safe_open(tmp_path / "rollout.safetensors", framework="pt") as stored:
+    buffer().save(tmp_path, (0, 1))
+    with safe_open(tmp_path / "rollout-0-of-1.safetensors", framework="pt") as stored:
         assert {"latents", "next_latents", "log_prob", "advantages", "live"} <= set(stored.keys())
         assert "prompt 0" in stored.metadata()["rollout"]
 
 
-def test_a_missing_file_says_how_to_resume(tmp_path):
-    file = tmp_path / "rollout-0-of-2.safetensors"
-    with pytest.raises(FileNotFoundError) as caught:
-        TransitionBuffer.load(file, torch.device("cpu"))
-    assert str(file) in str(caught.value) and "another number of processes" in str(caught.value)
-    assert "Resume with that number, or from a checkpoint between two rollouts" in str(caught.value)
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 6), (3, 2)])
+def test_another_number_of_processes_goes_on_with_the_same_rows(tmp_path, before, after):
+    """Each with its own images of the rollout, and with another number of micro-batches."""
+    for part in range(before):
+        buffer(of=(part, before), micro_batches=3).save(tmp_path, (part, before))
+    for index in range(after):
+        loaded = TransitionBuffer.load(tmp_path, (index, after), 6, True, torch.device("cpu"))
+        expected = buffer(of=(index, after), micro_batches=6, keep_one=True)
+        assert loaded.first == expected.first and loaded.prompts == expected.prompts
+        assert all(same(loaded.micro_batch(part), expected.micro_batch(part)) for part in range(12))
+
+
+def test_a_missing_part_is_named(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"rollout-0-of-2.safetensors is missing: .* in the middle of a rollout"
+    ):
+        TransitionBuffer.load(tmp_path, (0, 2), 3, True, torch.device("cpu"))
+    buffer(of=(0, 2)).save(tmp_path, (0, 2))
+    with pytest.raises(FileNotFoundError, match=r"rollout-1-of-2.safetensors"):
+        TransitionBuffer.load(tmp_path, (0, 1), 3, True, torch.device("cpu"))
 
 
 # --- Images at noise levels ---
@@ -286,11 +300,23 @@ def test_an_empty_part_of_the_points_is_empty_or_one_row_of_weight_nothing():
 @pytest.mark.parametrize("old", [False, True])
 def test_points_go_on_identically_from_a_checkpoint(tmp_path, old):
     source = points(old=old)
-    source.save(tmp_path / "rollout.safetensors")
-    loaded = PointBuffer.load(tmp_path / "rollout.safetensors", torch.device("cpu:0"))
+    source.save(tmp_path, (0, 1))
+    loaded = PointBuffer.load(tmp_path, (0, 1), 3, False, torch.device("cpu:0"))
     for part in range(6):
         one, other = source.micro_batch(part), loaded.micro_batch(part)
         assert one.images == other.images and one.nominal_size == other.nominal_size
         for name in ("latents", "noise", "sigma", "optimality", "rows", "weights"):
             assert torch.equal(getattr(one, name), getattr(other, name)), name
         assert torch.equal(one.old_velocity, other.old_velocity) if old else other.old_velocity is None
+
+
+def test_points_of_other_processes_are_dealt_anew(tmp_path):
+    for part in range(2):
+        points(of=(part, 2)).save(tmp_path, (part, 2))
+    for index in range(3):
+        loaded = PointBuffer.load(tmp_path, (index, 3), 3, False, torch.device("cpu"))
+        expected = points(of=(index, 3))
+        for part in range(3):
+            one, other = loaded.micro_batch(part), expected.micro_batch(part)
+            for name in ("latents", "noise", "sigma", "optimality", "old_velocity"):
+                assert torch.equal(getattr(one, name), getattr(other, name)), name

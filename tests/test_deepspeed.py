@@ -22,10 +22,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from align import checkpoints
 from align.arguments import check_launch
 from align.dpo import DPOConfig
-from align.dpo_online import OnlineDPOConfig
-from align.grpo_config import GRPOConfig
 from align.sft import SFTConfig
-from align.sharding import SHARDING, TENSORS_ONLY, check_sharding, check_zero, tensors_only
+from align.sharding import SHARDING, TENSORS_ONLY, Sharding, check_zero, moved_from, tensors_only
 from align.tiny import CHECKPOINT
 
 pytestmark = pytest.mark.skipif(scaled.why_not() is not None, reason=str(scaled.why_not()))
@@ -108,6 +106,64 @@ def test_every_algorithm_under_every_launcher(folder, alone, algorithm, launcher
     check_resumed(two, scaled.resume(folder, algorithm, launcher, two))
 
 
+# --- Resumed on other processes than wrote the checkpoint, in the middle of a rollout ---
+
+#: With moments, which are shared out as well. So large an epsilon keeps Adam from amplifying rounding.
+ADAM = (
+    *("--optim", "adamw_torch", "--learning_rate", "1e-3", "--adam_epsilon", "1e-4", "--max_grad_norm", "1"),
+    *("--weight_decay", "0.1"),
+)
+
+
+def check_moved(whole: scaled.Run, rest: scaled.Run) -> None:
+    """The two updates after the checkpoint are those of the undisturbed run."""
+    for key in ("loss", "learning_rate", "grad_norm"):
+        assert rest.logged(key, 1) == pytest.approx(whole.logged(key, 1), abs=TOLERANCE), key
+    assert scaled.largest_difference(whole.lora, rest.lora) < TOLERANCE
+    assert scaled.largest_difference(whole.trained(1), whole.trained(scaled.UPDATES)) > 10 * TOLERANCE
+
+
+def test_a_run_of_two_processes_goes_on_on_one(folder):
+    whole = scaled.train(folder, "grpo", "zero2", "moved", *ADAM)
+    assert (whole.folder / "checkpoint-1/rollout-1-of-2.safetensors").is_file()  # in the middle of a rollout
+    rest = scaled.resume(folder, "grpo", "zero2", whole, *ADAM, processes=1)
+    check_moved(whole, rest)
+    assert "ZeRO-2 on 2 processes, and this run is under DeepSpeed ZeRO-2 on 1" in rest.output
+
+
+#: (launcher, processes) before and after; without a launcher it is one process.
+MOVES = [
+    (("zero2", 1), ("zero2", 2)),
+    (("zero2", 2), ("zero2", 4)),
+    (("zero3", 2), ("zero3", 1)),
+    (("zero3", 1), ("zero3", 2)),
+    (("zero3", 2), ("zero3", 4)),
+    (("zero3", 2), ("zero2", 2)),
+    (("zero3", 2), ("zero3_offload", 2)),
+    (("zero3_offload", 2), (None, 1)),
+    (("ddp", 2), (None, 1)),
+    ((None, 1), ("ddp", 2)),
+    ((None, 1), ("zero3", 2)),
+    (("zero2", 2), ("ddp", 2)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), MOVES, ids=str)
+def test_a_run_goes_on_on_other_processes_and_under_another_launcher(folder, before, after):
+    whole = scaled.train(folder, "grpo", before[0], f"moved-{before}-{after}", *ADAM, processes=before[1])
+    check_moved(whole, scaled.resume(folder, "grpo", after[0], whole, *ADAM, processes=after[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["sft", "dpo", "dpo_online"])
+@pytest.mark.parametrize(("before", "after"), [(("zero3", 2), ("zero3", 1)), ((None, 1), ("ddp", 2))], ids=str)
+def test_the_others_go_on_on_other_processes_too(folder, alone, algorithm, before, after):
+    alone(algorithm)  # DPO's pairs are made for it
+    whole = scaled.train(folder, algorithm, before[0], f"moved-{algorithm}-{before[0]}", processes=before[1])
+    check_moved(whole, scaled.resume(folder, algorithm, after[0], whole, processes=after[1]))
+
+
 @pytest.mark.slow
 def test_the_moving_average_of_shared_out_weights(folder):
     """Exported is the average, which under ZeRO-3 is gathered for each step and put into the model's parts."""
@@ -123,18 +179,43 @@ def test_the_moving_average_of_shared_out_weights(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["zero2", "zero3"])
-def test_a_full_fine_tune_of_shared_out_weights(folder, launcher):
-    more = ("--use_peft", "false", "--beta", "0")
-    out = folder / f"full-{launcher}"
-    scaled.train(folder, "grpo", None, f"{out.name}-one", *more)
-    scaled.train(folder, "grpo", launcher, out.name, *more)
-    scaled.resume(folder, "grpo", launcher, scaled.Run(out), *more)
-    one, two, rest, base = (
-        QwenImageTransformer2DModel.from_pretrained(place / "transformer").state_dict()
-        for place in (Path(f"{out}-one"), out, Path(f"{out}-resumed"), CHECKPOINT)
-    )
-    assert scaled.largest_difference(one, two) < TOLERANCE < scaled.largest_difference(one, base)
-    assert scaled.largest_difference(two, rest) == 0
+@pytest.mark.parametrize(("algorithm", "more"), [("grpo", ("--beta", "0")), ("grpo", ()), ("dpo", ()), ("sft", ())])
+def test_a_full_fine_tune_of_shared_out_weights(folder, alone, algorithm, more, launcher):
+    """With a reference, too: a frozen copy, which ZeRO-3 shares out as well."""
+    alone(algorithm)  # DPO's pairs are made for it
+    more, name = (*scaled.FULL, *more), f"full-{algorithm}{len(more)}"
+    one = scaled.train(folder, algorithm, None, f"{name}-one", *more)
+    two = scaled.train(folder, algorithm, launcher, f"{name}-{launcher}", *more)
+    rest = scaled.resume(folder, algorithm, launcher, two, *more)
+    moved = scaled.resume(folder, algorithm, None, two, *more)
+    base = QwenImageTransformer2DModel.from_pretrained(CHECKPOINT / "transformer").state_dict()
+    assert two.logged("loss") == pytest.approx(one.logged("loss"), abs=TOLERANCE)
+    assert scaled.largest_difference(one.exported, two.exported) < TOLERANCE
+    assert scaled.largest_difference(one.exported, base) > 10 * TOLERANCE
+    assert scaled.largest_difference(two.exported, rest.exported) == 0
+    assert scaled.largest_difference(two.exported, moved.exported) < TOLERANCE
+
+
+#: Under which four processes have one image's groups on two of them.
+FOUR = [("grpo", "ddp"), ("grpo", "zero2"), ("grpo", "zero3")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("algorithm", "launcher"), FOUR)
+def test_four_processes_are_as_one(folder, alone, algorithm, launcher):
+    four = scaled.train(folder, algorithm, launcher, f"{algorithm}-{launcher}-four", processes=4)
+    check_equal(alone(algorithm), four)
+    check_export(four)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["zero2", "zero3", "zero3_offload"])
+def test_moments_that_are_shared_out_too(folder, launcher):
+    one = scaled.train(folder, "grpo", None, "adam-one", *ADAM)
+    two = scaled.train(folder, "grpo", launcher, f"adam-{launcher}", *ADAM)
+    assert scaled.largest_difference(one.lora, two.lora) < TOLERANCE
+    assert scaled.largest_difference(one.trained(1), one.trained(scaled.UPDATES)) > 10 * TOLERANCE
+    check_resumed(two, scaled.resume(folder, "grpo", launcher, two, *ADAM))
 
 
 @pytest.mark.slow
@@ -144,7 +225,7 @@ def test_two_launchers_as_on_two_machines_make_one_run(folder, alone):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = on_cpu(ROOT / "configs/accelerate/multi_node.yaml", folder, port=port)
-    words = scaled.words(folder, "grpo", "multi_node", "grpo-nodes")
+    words = scaled.words(folder, "grpo", "multi_node", "grpo-nodes", 2)
     machines = [
         start(folder, *launch, "--main_process_ip", "127.0.0.1", "--machine_rank", rank, *words) for rank in (0, 1)
     ]
@@ -229,14 +310,14 @@ def test_code_planted_in_a_checkpoint_of_deepspeed_does_not_run(folder, launcher
 # --- What cannot be is said before a model is loaded ---
 
 
-def test_a_full_fine_tune_with_a_reference_ends_under_zero3_before_the_model_is_loaded(folder):
+def test_a_full_fine_tune_with_a_moving_average_ends_under_zero3_before_the_model_is_loaded(folder):
     launch = on_cpu(ROOT / "configs/accelerate/zero3.yaml", folder, processes=1)
     words = scaled.words(folder, "grpo", "zero3", "refused")
-    process = start(folder, *launch, *words, "--use_peft", "false", "--per_device_train_batch_size", "8")
-    output, _ = process.communicate(timeout=120)
+    process = start(folder, *launch, *words, "--use_peft", "false", "--ema_decay", "0.9")
+    output, _ = process.communicate(timeout=300)
     assert process.returncode != 0 and not (folder / "refused").exists()
-    assert "error: beta > 0 has nothing to refer to: a full fine-tune needs a frozen copy of the model" in output
-    assert "Train an adapter, or use ZeRO-2" in output and "Loading pipeline" not in output
+    assert "error: ema_decay 0.9 would keep a second, whole copy of a fully fine-tuned model" in output
+    assert "Train an adapter, use ZeRO-2, or leave ema_decay out" in output and "Loading pipeline" not in output
 
 
 @pytest.fixture
@@ -251,45 +332,54 @@ def settings(tmp_path):
     return make
 
 
-@pytest.mark.parametrize(
-    ("config_type", "others", "problem"),
-    [
-        (GRPOConfig, {"beta": 0.1}, "beta > 0 has nothing to refer to"),
-        (DPOConfig, {}, "DPO has nothing to refer to"),
-        (OnlineDPOConfig, {}, "online DPO has nothing to refer to"),
-        (SFTConfig, {"ema_decay": 0.9}, "ema_decay 0.9 would keep a second, whole copy"),
-    ],
-)
-def test_what_a_full_fine_tune_cannot_do_under_zero3(settings, config_type, others, problem):
-    args = settings(config_type, 3, **others)
-    with pytest.raises(ValueError, match=problem):
+def test_what_a_full_fine_tune_cannot_do_under_zero3(settings):
+    args = settings(SFTConfig, 3, ema_decay=0.9)
+    with pytest.raises(ValueError, match=r"ema_decay 0\.9 would keep a second, whole copy"):
         check_zero(args, adapter=False)
     check_zero(args, adapter=True)
-    check_zero(settings(config_type, 2, **others), adapter=False)
-    check_zero(settings(SFTConfig, 3), adapter=False)
+    check_zero(settings(SFTConfig, 2, ema_decay=0.9), adapter=False)
+    check_zero(settings(DPOConfig, 3), adapter=False)
 
 
 @pytest.mark.parametrize(
-    ("written", "stage", "problem"),
+    ("written", "stage", "said"),
     [
-        ((3, 2), 3, r"ZeRO-3 on 2 processes, and this run is under DeepSpeed ZeRO-3 on 1 .*--num_processes 2"),
-        ((2, 1), 3, r"ZeRO-2 on 1 processes, and this run is under DeepSpeed ZeRO-3 on 1 .*accelerate/zero2.yaml"),
-        ((2, 1), 0, r"ZeRO-2 on 1 processes, and this run is without DeepSpeed: .*zero2.yaml and --num_processes 1"),
-        (None, 2, r"written without DeepSpeed, and this run is under DeepSpeed ZeRO-2 on 1 .*ddp.yaml or single.yaml"),
+        ({"zero_stage": 3, "processes": 2}, 3, "ZeRO-3 on 2 processes, and this run is under DeepSpeed ZeRO-3 on 1"),
+        ({"zero_stage": 2, "processes": 1}, 0, "ZeRO-2 on 1 processes, and this run is without DeepSpeed: "),
+        (None, 2, "written without DeepSpeed, and this run is under DeepSpeed ZeRO-2 on 1"),
+        ({"zero_stage": 3, "processes": 1, "offload": "cpu"}, 3, "on 1 processes with the optimizer on the cpu, and"),
     ],
 )
-def test_a_checkpoint_of_another_sharding_is_refused_with_what_would_resume_it(
-    settings, tmp_path, written, stage, problem
+def test_a_checkpoint_that_was_shared_out_otherwise_is_recognised_aloud(
+    settings, tmp_path, caplog, written, stage, said
 ):
-    args = settings(SFTConfig, stage, resume_from_checkpoint=str(tmp_path))
     if written:
-        note = dict(zip(("zero_stage", "processes"), written, strict=True))
-        (tmp_path / SHARDING).write_text(json.dumps(note))
-    (tmp_path / checkpoints.MANIFEST).write_text(json.dumps({"files": {}}))  # a whole checkpoint
-    with pytest.raises(ValueError, match=problem):
-        args.checkpoint_to_resume()
-    if written and written[1] == 1:
-        check_sharding(tmp_path, settings(SFTConfig, written[0]))
+        (tmp_path / SHARDING).write_text(json.dumps(written))
+    args = settings(SFTConfig, stage)
+    found = moved_from(tmp_path, args, say=True)
+    assert found == Sharding(**written or {"zero_stage": 0, "processes": 1}) and said in caplog.text
+    caplog.clear()
+    Sharding.of(args).write(tmp_path)
+    assert moved_from(tmp_path, args, say=True) is None and not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("then", "ways"),
+    [
+        (16, "--per_device_train_batch_size 4 or --gradient_accumulation_steps 8 or --num_processes 4"),
+        (6, "--gradient_accumulation_steps 3"),
+        (10, "--per_device_train_batch_size 10 --gradient_accumulation_steps 1"),
+        (5, "--per_device_train_batch_size 5 --gradient_accumulation_steps 1"),
+    ],
+)
+def test_another_global_batch_is_refused_with_values_that_would_do(settings, tmp_path, then, ways):
+    args = settings(SFTConfig, 0, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    (tmp_path / checkpoints.MANIFEST).write_text(json.dumps({"run": {"dealing": {"rows_per_update": then}}}))
+    with pytest.raises(ValueError) as caught:
+        args.check_batch(tmp_path)
+    assert f"x 1 processes = 8 rows an update, and it was {then} when" in str(caught.value)
+    (tmp_path / checkpoints.MANIFEST).write_text(json.dumps({"run": {"dealing": {"rows_per_update": 8}}}))
+    args.check_batch(tmp_path)
 
 
 def test_fsdp_is_refused_with_what_there_is_instead(settings, monkeypatch):

@@ -263,7 +263,9 @@ def test_a_run_goes_on_with_other_micro_batches_but_not_as_another_run(tmp_path)
     split.train(resume_from_checkpoint=folder)
     assert largest_difference(weights(straight), weights(split)) < 2e-5
     assert history(split, "reward") == pytest.approx(history(straight, "reward"), abs=1e-4)
-    with pytest.raises(ValueError, match="groups_per_update is 2 and was 4"):
+    with pytest.raises(
+        ValueError, match=r"= 2 rows an update, and it was 4 when .* --per_device_train_batch_size 4 or"
+    ):
         trainer(tmp_path / "c", per_device_train_batch_size=2, **common).train(resume_from_checkpoint=folder)
     with pytest.raises(ValueError, match=r"min_margin is 0\.1 and was 0\.0"):
         trainer(tmp_path / "d", min_margin=0.1, **common).train(resume_from_checkpoint=folder)
@@ -322,4 +324,4 @@ def spec_of(data: Dataset) -> Dataset:
 def test_a_checkpoint_says_how_its_rollouts_are_dealt(tmp_path):
     trainer(tmp_path, save_strategy="steps", save_steps=2).train()
     run = json.loads((tmp_path / "checkpoint-2/checkpoint.json").read_text())["run"]
-    assert run["algorithm"] == {"algorithm": "online DPO"} and run["dealing"]["groups_per_update"] == 4
+    assert run["algorithm"] == {"algorithm": "online DPO"} and run["dealing"]["rows_per_update"] == 4

@@ -355,7 +355,10 @@ def test_checkpoint_of_another_rank_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"per_device_train_batch_size": 8}, "per_device_train_batch_size is 8 and was 16"),
+        (
+            {"per_device_train_batch_size": 8},
+            r"8 rows an update, and it was 16 when .* resume with --per_device_train_batch_size 16 or --gradient",
+        ),
         ({"noise_level": 0.5}, "noise_level is 0.5 and was 0.7"),
         ({"seed": 4}, "seed is 4 and was 3"),
     ],

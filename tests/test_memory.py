@@ -174,8 +174,10 @@ def test_what_does_not_fit_is_told_with_what_would(true_full):
     message = str(told.value)
     assert "there are 80.0" in message and "--check_memory false" in message and "copies of the model" not in message
     assert "What would fit: --config_file configs/accelerate/zero3.yaml --offload true, or a LoRA: " in message
-    with pytest.raises(ValueError, match=r"copies of the model 76\.1.*What would fit: a LoRA"):
-        check_fits(true_full, Setup(processes=8, reference=True), 80 * GIB)  # ZeRO-3 has no reference
+    with pytest.raises(ValueError, match=r"copies of the model 76\.1.*What would fit: --config_file .*zero3\.yaml"):
+        check_fits(true_full, Setup(processes=8, reference=True), 80 * GIB)  # ZeRO-3 shares out a reference
+    with pytest.raises(ValueError, match=r"copies of the model 75\.8.*What would fit: a LoRA"):
+        check_fits(true_full, Setup(processes=8, average=True), 80 * GIB)  # and no moving average
     with pytest.raises(ValueError, match=r"this machine, for 2 processes .* It takes a machine with more memory"):
         check_fits(true_full, Setup(processes=2), 20 * GIB, on_host=2)
     with pytest.raises(ValueError, match=r"What would fit: --config_file configs/accelerate/zero3_offload.yaml --off"):

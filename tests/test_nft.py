@@ -310,7 +310,7 @@ def test_resuming_as_another_run_is_refused(tmp_path):
     assert run["algorithm"] == {"algorithm": "DiffusionNFT"} and run["dealing"]["num_train_sigmas"] == 2
     for wrong, message in (
         ({"sampling_decay_rate": 0.0}, r"sampling_decay_rate is 0\.0 and was 0\.3"),
-        ({"num_train_sigmas": 1, "per_device_train_batch_size": 16}, "per_device_train_batch_size is 16 and was 32"),
+        ({"num_train_sigmas": 1, "per_device_train_batch_size": 16}, "num_train_sigmas is 1 and was 2"),
         ({"solver": "ab2"}, "solver is 'ab2' and was 'euler'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -363,4 +363,4 @@ def test_every_step_of_the_schedule_is_trained_by_default(tmp_path):
     args = NFTConfig(**settings(tmp_path, num_train_sigmas=None, per_device_train_batch_size=48))
     args.check_world(1)
     assert args.points_per_image == 3 and args.one_update(1)
-    assert NFTConfig(**settings(tmp_path, sampling_decay_rate=0.0)).wants_reference() is None
+    assert NFTConfig(**settings(tmp_path, sampling_decay_rate=0.0)).whole_copy() is None

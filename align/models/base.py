@@ -1,5 +1,6 @@
 """What a model must offer to be trained here. Trainers and the rollout know nothing else of it."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -102,6 +103,10 @@ class FlowModel(Protocol):
 
     def keep_reference(self) -> None:
         """Remember the present weights as the reference: free with an adapter, a frozen copy without one."""
+        ...
+
+    def share_reference(self, share: Callable[[nn.Module], nn.Module]) -> None:
+        """Put what ``share`` makes of the reference's frozen copy in its place, if it is one."""
         ...
 
     def reference(self, transformer: nn.Module) -> AbstractContextManager[nn.Module]:

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ import torch
 from diffusers import QwenImagePipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
+from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from PIL import Image
@@ -33,6 +34,8 @@ MAX_TEXT_TOKENS = 512
 MAX_REMEMBERED = 4096
 #: Names of the adapters on the transformer; diffusers saves the metadata of the one called "default".
 TRAINED, REFERENCE = "default", "reference"
+#: diffusers' own name of a transformer's files.
+WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
 
 
 class Condition(NamedTuple):
@@ -331,6 +334,10 @@ class QwenImage:
             self.pipeline.load_lora_weights(self._adapter_folder, adapter_name=REFERENCE)
             self._activate(TRAINED)
 
+    def share_reference(self, share: Callable[[nn.Module], nn.Module]) -> None:
+        if self._reference_copy is not None:
+            self._reference_copy = share(self._reference_copy)
+
     def _activate(self, adapter: str) -> None:
         self.transformer.set_adapter(adapter)
         for name, parameter in self.transformer.named_parameters():  # peft makes the active adapter trainable
@@ -365,4 +372,6 @@ class QwenImage:
                 **_collate_lora_metadata({"transformer": self.transformer}),
             )
         else:
-            self.transformer.save_pretrained(Path(folder) / "transformer", state_dict=state_dict)
+            # Not by save_pretrained: it writes the module's own tensors, which are empty where ZeRO-3 shares them out.
+            self.transformer.save_config(Path(folder) / "transformer")
+            save_torch_state_dict(state_dict, Path(folder) / "transformer", filename_pattern=WEIGHTS)

@@ -63,7 +63,9 @@ def main() -> None:
         )
     counts, setup = tunings["full"]
     copy = need(counts, replace(setup, reference=True)).copies
-    print(f"full, with a reference (DPO, beta above 0): {copy / GIB:.1f} GiB more on each GPU; not under ZeRO-3.")
+    print(
+        f"full, with a reference (DPO, beta above 0): {copy / GIB:.1f} GiB more on each GPU; ZeRO-3 shares that out too."
+    )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Every algorithm, with LoRA, under every shipped launcher config on two CPU processes, against one process: a table.
+"""Every algorithm, with LoRA and full, under every shipped launcher config on two CPU processes, against one: a table.
 
     python tests/bench/scale_matrix.py --algorithms sft dpo grpo --launchers ddp zero1 zero2 zero3 zero3_offload
 
 Three clipped updates by sgd in float32, at equal global batch. Columns: the largest difference of a logged loss and of an
-element of the LoRA to the run on one process, the LoRA's largest change in the same run to compare with, whether the run
-resumed from its first checkpoint ends bit for bit alike, and whether the LoRA that stock diffusers has loaded is what was
-trained. About a minute a row on two cores.
+element of the exported weights to the run on one process, their largest change in the same run to compare with, whether
+the run resumed from its first checkpoint ends bit for bit alike, how far it ends from that when it is resumed on one
+process without the launcher, and whether what stock diffusers has loaded is what was trained. One launch of processes
+makes all runs of a launcher, another all resumed ones.
 """
 
 import argparse
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +18,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import scaled
 
-HEADER = "| algorithm | launcher | runs | loss | LoRA | its change | resumes exactly | loads in stock diffusers |"
+COLUMNS = (
+    *("algorithm", "tuning", "launcher", "runs", "loss", "weights", "their change", "resumes exactly"),
+    *("resumed on one process", "loads in stock diffusers"),
+)
+TUNINGS = {"lora": (), "full": scaled.FULL}
+#: The run itself, resumed as it was, and resumed on one process.
+WAYS = ("whole", "resumed", "alone")
 
 
 def yes(value: bool) -> str:
@@ -26,43 +32,69 @@ def yes(value: bool) -> str:
     return "yes" if value else "NO"
 
 
-def row(folder: Path, algorithm: str, launcher: str, one: scaled.Run) -> str:
-    """One line of the table; a run that fails has its last line of output in it."""
-    two = scaled.train(folder, algorithm, launcher, f"{algorithm}-{launcher}")
+def name(case: tuple[str, str], launcher: str | None, way: str) -> str:
+    """The output_dir of a run."""
+    return "-".join((*case, launcher or "one", way))
+
+
+def launch(folder: Path, cases: list[tuple[str, str]], launcher: str | None, way: str) -> dict[str, str]:
+    """The runs of all cases in one launch: what went wrong, by output_dir."""
+    under, processes = (None, 1) if way == "alone" else (launcher, 1 if launcher is None else 2)
+    runs = []
+    for case in cases:
+        words = scaled.words(folder, case[0], under, name(case, launcher, way), processes, TUNINGS[case[1]])
+        if way != "whole":
+            checkpoint = f"{name(case, launcher, 'whole')}/checkpoint-1"
+            words += ["--save_strategy", "no", "--resume_from_checkpoint", checkpoint]
+        runs.append(words)
+    return scaled.chain(folder, under, runs, processes)
+
+
+def row(folder: Path, case: tuple[str, str], launcher: str) -> tuple[str, ...]:
+    """The cells behind the first three, of runs that have ended well."""
+    one, two, rest, alone = (
+        scaled.Run(folder / name(case, *which))
+        for which in ((None, "whole"), *((launcher, way) for way in WAYS))
+    )  # fmt: skip
     loss = max(abs(a - b) for a, b in zip(one.logged("loss"), two.logged("loss"), strict=True))
-    lora = scaled.largest_difference(one.lora, two.lora)
-    moved = scaled.largest_difference(one.trained(1), one.trained(scaled.UPDATES))
-    rest = scaled.resume(folder, algorithm, launcher, two)
-    same = rest.logged("loss", 1) == two.logged("loss", 1) and scaled.largest_difference(rest.lora, two.lora) == 0
-    stock = two.loaded_by_stock()
-    loads = scaled.largest_difference(stock, two.trained(scaled.UPDATES)) == 0 and all(v.any() for v in stock.values())
-    return f"| {algorithm} | {launcher} | yes | {loss:.1e} | {lora:.1e} | {moved:.1e} | {yes(same)} | {yes(loads)} |"
+    same = (
+        rest.logged("loss", 1) == two.logged("loss", 1) and scaled.largest_difference(rest.exported, two.exported) == 0
+    )
+    stock, trained = two.loaded_by_stock(), two.trained(scaled.UPDATES)
+    loads = all((stock[n] - value).abs().max() == 0 and value.any() for n, value in trained.items())
+    figures = (
+        loss,
+        scaled.largest_difference(one.exported, two.exported),
+        scaled.largest_difference(one.trained(1), one.trained(scaled.UPDATES)),
+    )
+    moved = scaled.largest_difference(alone.exported, two.exported)
+    return ("yes", *(f"{figure:.1e}" for figure in figures), yes(same), f"{moved:.1e}", yes(loads))
 
 
 def main() -> None:
     """Run the matrix and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithms", nargs="+", choices=scaled.ALGORITHMS, default=["sft", "dpo", "grpo"])
+    parser.add_argument("--tunings", nargs="+", choices=TUNINGS, default=[*TUNINGS])
     parser.add_argument("--launchers", nargs="+", choices=scaled.LAUNCHERS, default=scaled.LAUNCHERS)
     known = parser.parse_args()
     missing = scaled.why_not()
     if missing:
         raise SystemExit(f"error: {missing}")
-    print(f"{HEADER}\n|{'---|' * 8}", flush=True)
+    cases = [(algorithm, tuning) for algorithm in known.algorithms for tuning in known.tunings]
+    print("| " + " | ".join(COLUMNS) + f" |\n|{'---|' * len(COLUMNS)}", flush=True)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        for algorithm in known.algorithms:
-            if algorithm == "dpo":
-                scaled.make_pairs(folder)
-            one = scaled.train(folder, algorithm, None, f"{algorithm}-one")
-            for launcher in known.launchers:
-                try:
-                    print(row(folder, algorithm, launcher, one), flush=True)
-                except (AssertionError, subprocess.TimeoutExpired) as error:
-                    # The launcher's own last line repeats the command; the run's last word stands before it.
-                    said = [line for line in str(error).splitlines() if "rror:" in line and "CalledProcess" not in line]
-                    last = said[-1] if said else str(error)[-200:]
-                    print(f"| {algorithm} | {launcher} | NO: {last} |" + " |" * 5, flush=True)
+        if "dpo" in known.algorithms:
+            scaled.make_pairs(folder)
+        wrong = launch(folder, cases, None, "whole")
+        for launcher in known.launchers:
+            for way in WAYS:
+                wrong |= launch(folder, cases, launcher, way)
+            for case in cases:
+                said = [wrong[n] for n in (name(case, launcher, way) for way in WAYS) if n in wrong]
+                cells = (f"NO: {said[0]}", *[""] * 6) if said else row(folder, case, launcher)
+                print("| " + " | ".join((*case, launcher, *cells)) + " |", flush=True)
 
 
 if __name__ == "__main__":

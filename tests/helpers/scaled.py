@@ -3,14 +3,16 @@
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from diffusers import QwenImagePipeline
-from launched import ROOT, on_cpu, run
+import yaml
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from launched import ROOT, finish, on_cpu, run, start
 from safetensors.torch import load_file
 
 from align.tiny import CHECKPOINT
@@ -19,6 +21,22 @@ LAUNCHERS = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
 ALGORITHMS = ("sft", "dpo", "dpo_online", "grpo", "nft")
 REWARD = ("--rewards", ROOT / "tests/helpers/brightness.py:score")
 UPDATES = 3
+#: One run after the other in the same processes; what went wrong is noted, by output_dir.
+CHAIN = """
+import json, sys
+from importlib import import_module
+from pathlib import Path
+from accelerate.state import AcceleratorState
+wrong = {}
+for script, *words in json.loads(Path(sys.argv[1]).read_text()):
+    AcceleratorState._reset_state()
+    try:
+        import_module("align." + Path(script).stem).main(words)
+    except (Exception, SystemExit) as error:
+        print(repr(error))
+        wrong[words[words.index("--output_dir") + 1]] = f"{error}" or repr(error)
+Path(sys.argv[1]).with_suffix(".wrong").write_text(json.dumps(wrong))
+"""
 #: Adam's first steps amplify rounding to the learning rate, sgd does not. Every gradient is clipped, the rate changes.
 TRAIN = (
     *("--optim", "sgd", "--learning_rate", "30", "--max_grad_norm", "0.001", "--lr_scheduler_type", "linear"),
@@ -32,7 +50,7 @@ GROUPS = ("--num_generations", "4", "--num_iterations", "2", "--num_inference_st
 SLOW_POLICY = ("--num_train_sigmas", "2", "--sampling_decay_rate", "0.3")
 #: (settings, examples of an update) of each algorithm.
 SETTINGS = {
-    "sft": (("--config", "sft_style", "--lora_r", "4", "--num_inference_steps", "2"), 8),
+    "sft": (("--config", "sft_style", "--num_inference_steps", "2"), 8),
     "dpo": (("--config", "dpo", "--num_inference_steps", "2"), 8),
     "dpo_online": (("--config", "dpo_online", *GROUPS, "--generation_batch_size", "32"), 8),
     "grpo": (("--config", "grpo", *GROUPS, "--generation_batch_size", "8", "--beta", "0.1"), 16),
@@ -54,6 +72,8 @@ class Run:
     """A finished run, by its output_dir."""
 
     folder: Path
+    #: What it printed.
+    output: str = ""
 
     @cached_property
     def log(self) -> list[dict]:
@@ -64,6 +84,12 @@ class Run:
     def lora(self) -> dict[str, torch.Tensor]:
         return load_file(self.folder / "pytorch_lora_weights.safetensors")
 
+    @cached_property
+    def exported(self) -> dict[str, torch.Tensor]:
+        """The LoRA, or the whole transformer of a full fine-tune."""
+        whole = self.folder / "transformer"
+        return QwenImageTransformer2DModel.from_pretrained(whole).state_dict() if whole.is_dir() else self.lora
+
     def trained(self, update: int) -> dict[str, torch.Tensor]:
         """What the checkpoint of an update says the trained weights are."""
         return load_file(self.folder / f"checkpoint-{update}/model.safetensors")
@@ -72,7 +98,9 @@ class Run:
         return [entry[key] for entry in self.log[first:]]
 
     def loaded_by_stock(self) -> dict[str, torch.Tensor]:
-        """The adapter's weights in a stock pipeline that has loaded this run's LoRA, by the names they are trained by."""
+        """What was trained, in a stock pipeline that has loaded this run's export, by the names it is trained by."""
+        if (self.folder / "transformer").is_dir():
+            return self.exported
         pipeline = QwenImagePipeline.from_pretrained(CHECKPOINT)
         pipeline.load_lora_weights(self.folder, adapter_name="default")
         return {name: p.detach() for name, p in pipeline.transformer.named_parameters() if ".default." in name}
@@ -92,12 +120,22 @@ def make_pairs(folder: Path) -> None:
     run(folder, sys.executable, ROOT / "align/generate.py", *words)
 
 
-def words(folder: Path, algorithm: str, launcher: str | None, out: str) -> list[object]:
-    """What a trainer is started with: on one process, or on two under a launcher; pairs and cache lie in ``folder``."""
+#: What fine-tunes the whole transformer.
+FULL = ("--use_peft", "false")
+
+
+def words(
+    folder: Path, algorithm: str, launcher: str | None, out: str, processes: int = 1, more: Sequence[object] = ()
+) -> list[object]:
+    """What a trainer is started with, on so many processes under a launcher; pairs and cache lie in ``folder``."""
     (flag, config, *settings), examples = SETTINGS[algorithm]
     (folder / "prompts.txt").write_text("a red circle\ntwo blue squares\n")
-    processes = 1 if launcher is None else 2
-    found: list[object] = [flag, ROOT / f"configs/tiny/{config}.yaml", *settings, *TRAIN, *REWARD, "--output_dir", out]
+    file = ROOT / f"configs/tiny/{config}.yaml"
+    if set(FULL) <= set(more):  # for which a config must say nothing of an adapter
+        kept = {key: value for key, value in yaml.safe_load(file.read_text()).items() if not key.startswith("lora_")}
+        file = folder / f"{config}-full.yaml"
+        file.write_text(yaml.safe_dump(kept))
+    found: list[object] = [flag, file, *settings, *TRAIN, *REWARD, "--output_dir", out]
     found += ["--per_device_train_batch_size", examples // 2 // processes]
     if algorithm == "dpo":
         found += ["--dataset_name", "pairs", "--eval_dataset_name", "pairs/train"]
@@ -105,19 +143,39 @@ def words(folder: Path, algorithm: str, launcher: str | None, out: str) -> list[
     found += ["--eval_prompts_name" if algorithm in ("sft", "dpo") else "--eval_dataset_name", "prompts.txt"]
     found += ["--cache_dir", "cache"] if algorithm in ("sft", "dpo") else []
     found += ["--guard_dataset_names", "prompts.txt"] if algorithm != "sft" else []
-    found += ["--use_cpu", "true"] if launcher in (None, "ddp") else []
+    found += ["--use_cpu", "true"] if launcher in (None, "single", "ddp") else []
     found += ["--ddp_backend", "gloo"] if processes > 1 else []
-    return [ROOT / f"align/{algorithm}.py", *found]
+    return [ROOT / f"align/{algorithm}.py", *found, *more]
 
 
-def train(folder: Path, algorithm: str, launcher: str | None, out: str, *more: object) -> Run:
-    """``algorithm`` on one process, or on two under a shipped launcher config."""
-    begin = [sys.executable] if launcher is None else on_cpu(ROOT / f"configs/accelerate/{launcher}.yaml", folder)
-    run(folder, *begin, *words(folder, algorithm, launcher, out), *more)
-    return Run(folder / out)
+def train(
+    folder: Path, algorithm: str, launcher: str | None, out: str, *more: object, processes: int | None = None
+) -> Run:
+    """``algorithm`` on one process, or under a shipped launcher config, on two if not said otherwise."""
+    count = processes or (1 if launcher is None else 2)
+    begin: list[object] = [sys.executable]
+    if launcher is not None:
+        begin = on_cpu(ROOT / f"configs/accelerate/{launcher}.yaml", folder, count)
+    output = run(folder, *begin, *words(folder, algorithm, launcher, out, count, more))
+    return Run(folder / out, output)
 
 
-def resume(folder: Path, algorithm: str, launcher: str, whole: Run, *more: object) -> Run:
-    """Go on from the first checkpoint of ``whole``."""
+def resume(
+    folder: Path, algorithm: str, launcher: str | None, whole: Run, *more: object, processes: int | None = None
+) -> Run:
+    """Go on from the first checkpoint of ``whole``, on as many processes as :func:`train` or on others."""
     first = ("--save_strategy", "no", "--resume_from_checkpoint", f"{whole.folder.name}/checkpoint-1")
-    return train(folder, algorithm, launcher, f"{whole.folder.name}-resumed", *first, *more)
+    # The same folder may be resumed from in several ways.
+    out = f"{whole.folder.name}-on-{launcher or 'one'}-{processes or ''}"
+    return train(folder, algorithm, launcher, out, *first, *more, processes=processes)
+
+
+def chain(folder: Path, launcher: str | None, runs: list[list[object]], processes: int) -> dict[str, str]:
+    """Runs, given as :func:`words`, one after the other in one launch of processes: what went wrong, by output_dir."""
+    (folder / "chain.py").write_text(CHAIN)
+    (folder / "chain.json").write_text(json.dumps([[str(word) for word in run] for run in runs]))
+    begin: list[object] = [sys.executable]
+    if launcher is not None:
+        begin = on_cpu(ROOT / f"configs/accelerate/{launcher}.yaml", folder, processes)
+    finish(start(folder, *begin, folder / "chain.py", folder / "chain.json"), timeout=3000)
+    return json.loads((folder / "chain.wrong").read_text())
