@@ -167,6 +167,12 @@ class GRPOConfig(GroupConfig):
     def check_world(self, world_size: int) -> None:
         super().check_world(world_size)
         images = self.generation_batch_size // world_size
+        if self.num_prefixes is not None and images % self.num_generations:
+            # Processes would begin another number of images: under ZeRO-3 they would wait for each other for ever.
+            raise ValueError(
+                f"num_prefixes shares steps within a group, and {images} images on each of {world_size} processes do not "
+                f"make whole groups of num_generations {self.num_generations}"
+            )
         transitions = images * self.window_size
         per_update = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if transitions % per_update:

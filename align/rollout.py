@@ -172,12 +172,8 @@ def rollout(
     with tqdm(total=calls, desc="rollout", leave=False, disable=not show_progress) as bar:
         denoise = _Denoiser(velocity_fn(model, plan, transformer), sigmas, plan, bar.update)
         if shared:
-            begun = []
-            for start in range(0, len(distinct), size):
-                rows = distinct[start : start + size]
-                here = [conditions[row] for row in rows], [keys[row] for row in rows]
-                begun.append(denoise(starts[start : start + size], *here, range(shared))[0])
-            starts = torch.cat(begun)
+            here = [conditions[row] for row in distinct], [keys[row] for row in distinct]
+            starts = denoise.all(starts, *here, range(shared))
         for start in range(0, len(prompts), size):
             chunk = slice(start, start + size)
             final, transitions = denoise(
@@ -214,6 +210,12 @@ class _Denoiser:
     sigmas: Tensor
     plan: SamplingPlan
     tick: Callable[[], Any]
+
+    def all(self, latents: Tensor, conditions: list[Any], keys: list[ImageKey], steps: range) -> Tensor:
+        """Latents after ``steps``, all of which are of the ODE, chunk by chunk."""
+        size = self.plan.batch_size
+        chunks = [slice(start, start + size) for start in range(0, len(latents), size)]
+        return torch.cat([self(latents[c], conditions[c], keys[c], steps)[0] for c in chunks])
 
     def __call__(
         self, latents: Tensor, conditions: list[Any], keys: list[ImageKey], steps: range

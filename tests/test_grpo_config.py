@@ -107,6 +107,14 @@ def test_windows_prefixes_and_trained_images_that_make_no_sense_are_refused(over
         config(**overrides)
 
 
+def test_a_group_with_shared_prefixes_is_not_cut_in_two():
+    settings = config(num_prefixes=1, num_generations=4, generation_batch_size=8, per_device_train_batch_size=1)
+    settings.check_world(2)
+    with pytest.raises(ValueError, match=r"num_prefixes .* 2 images on each of 4 processes .* num_generations 4"):
+        settings.check_world(4)
+    config(num_generations=4, generation_batch_size=8, per_device_train_batch_size=1).check_world(4)
+
+
 def test_another_seed_draws_other_windows():
     window = {"sde_window_size": 2, "sde_window_range": [0, 9]}
     same = sum(a == b for a, b in zip(starts(config(**window)), starts(config(**window, seed=6)), strict=True))
