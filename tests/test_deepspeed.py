@@ -243,7 +243,7 @@ def test_two_machines_that_share_a_cable_and_a_disk_make_one_run(folder, alone, 
         pytest.skip(missing)
     one = alone("grpo")
     launch = on_cpu(ROOT / "configs/accelerate/multi_node.yaml", folder, port=29500)
-    words = scaled.words(folder, "grpo", "multi_node", f"grpo-{rendezvous}")
+    words = scaled.words(folder, "grpo", "multi_node", f"grpo-{rendezvous}", 2)
     with namespaces.two_machines() as machines:
         alone_there = subprocess.run(
             [str(w) for w in machines[1].inside("ip", "-brief", "addr")], capture_output=True, text=True, check=True
@@ -301,7 +301,7 @@ def test_code_planted_in_a_checkpoint_of_deepspeed_does_not_run(folder, launcher
         manifest["files"][str(file.relative_to(checkpoint))] = file.stat().st_size
     (checkpoint / checkpoints.MANIFEST).write_text(json.dumps(manifest))
     launch = on_cpu(ROOT / f"configs/accelerate/{launcher}.yaml", folder)
-    words = scaled.words(folder, "grpo", launcher, f"{checkpoint.name}-resumed")
+    words = scaled.words(folder, "grpo", launcher, f"{checkpoint.name}-resumed", 2)
     process = start(folder, *launch, *words, "--resume_from_checkpoint", checkpoint)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "Weights only load failed" in output and not went_off.exists()
