@@ -78,8 +78,8 @@ class RunMetrics:
     """Values, seconds and transformer forwards of this process; :meth:`drain` brings the processes together.
 
     ``forward_equivalents`` is cumulative: a forward of one image counts 1, a backward 2, a recomputed forward 1.
-    ``memory_peak_gib`` is the largest of any process since its start. ``outside_models`` is the share of the time,
-    0 to 1, in which neither the model computed nor a reward was waited for, of this process.
+    ``memory_peak_gib`` is the largest of any process since its start. ``seconds_outside_models`` is the time in which
+    neither the model computed nor a reward was waited for, of this process.
     """
 
     def __init__(self, phases: Sequence[str]) -> None:
@@ -125,8 +125,7 @@ class RunMetrics:
         whole = now - (self._since or now) - self._paused
         self._since = now
         known = sum(models.values()) + self.seconds.get("reward", 0.0)
-        share = {"outside_models": 1 - known / whole} if whole > 0 else {}
-        return {f"seconds_{part}": spent for part, spent in models.items()} | share
+        return {f"seconds_{part}": spent for part, spent in {**models, "outside_models": whole - known}.items()}
 
     def drain(self) -> dict[str, float]:
         """Everything since the last call; to be called on every process."""

@@ -24,6 +24,17 @@ def tiny() -> QwenImage:
     return model
 
 
+@pytest.fixture
+def offline_wandb(monkeypatch):
+    """The module, with no run open: all trainers of a process would share it. ``finish()`` it before its files are read."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    yield wandb
+    wandb.finish()
+
+
 @pytest.fixture(scope="session")
 def background_prompts() -> Dataset:
     return load_prompts(str(PROMPTS / "background"), "train")

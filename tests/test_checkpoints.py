@@ -305,17 +305,17 @@ def test_files_get_the_modes_of_the_umask(tmp_path, umask):
     assert not odd
 
 
-def test_no_secret_is_written_anywhere(tmp_path, monkeypatch):
+def test_no_secret_is_written_anywhere(tmp_path, monkeypatch, offline_wandb):
     """Not in checkpoints, card and state, nor by the trackers, which are told the whole config."""
     names = ("HF_TOKEN", "WANDB_API_KEY", "FLOW_ALIGN_TOKEN", "OPENAI_API_KEY", "hub_token")
     secrets = {name: f"{place}" * 24 + "5ec3e7f00d5ec3e7" for place, name in enumerate(names)}
     for name in names[:-1]:
         monkeypatch.setenv(name, secrets[name])
-    monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
     run = trainer(tmp_path / "run", max_steps=1, report_to=["wandb", "tensorboard"], hub_token=secrets["hub_token"])
     run.train()
     run.finish("tiny", "prompts", reports.changed_settings(run.args))
+    offline_wandb.finish()  # it writes in the background
     written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert any(path.suffix == ".wandb" for path in written) and any("tfevents" in path.name for path in written)
     assert any(b"num_generations" in content for content in written.values())

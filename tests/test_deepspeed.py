@@ -197,7 +197,7 @@ def test_a_full_fine_tune_of_shared_out_weights(folder, alone, algorithm, more, 
 
 
 #: Under which four processes have one image's groups on two of them.
-FOUR = [("grpo", "ddp"), ("grpo", "zero2"), ("grpo", "zero3")]
+FOUR = list(product(("sft", "dpo", "grpo"), ("ddp", "zero2", "zero3")))
 
 
 @pytest.mark.slow

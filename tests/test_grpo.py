@@ -524,11 +524,10 @@ def test_evaluation_reports_means_and_standard_errors_and_ignores_the_training_n
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
-def test_trackers_work_without_a_network(tmp_path, tracker, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
+def test_trackers_work_without_a_network(tmp_path, tracker, monkeypatch, offline_wandb):
     monkeypatch.chdir(tmp_path)
     trainer(tmp_path / "run", report_to=tracker, max_steps=1).train()
+    offline_wandb.finish()  # it writes in the background
     written = {"wandb": "wandb/offline-run-*/*.wandb", "tensorboard": "**/events.out.tfevents.*"}[tracker]
     assert sum(path.stat().st_size for path in tmp_path.glob(written)) > 0
 

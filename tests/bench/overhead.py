@@ -47,13 +47,19 @@ def measured(model: str, folder: Path, updates: int, overrides: list[str]) -> li
     if ended.returncode:
         raise SystemExit(f"error: {ended.stderr[-2000:]}")
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in log if "outside_models" in entry][1:]
+    return [entry for entry in log if "seconds_outside_models" in entry][1:]
+
+
+def share_outside(entry: dict[str, float]) -> float:
+    """Of one update's time, 0 to 1."""
+    outside = entry["seconds_outside_models"]
+    return outside / (outside + sum(entry.get(f"seconds_{part}", 0.0) for part in PARTS))
 
 
 def row(name: str, logs: list[dict[str, float]]) -> str:
     """One line of the table: means over the updates, and the range of the share outside."""
     seconds = [statistics.mean(entry.get(f"seconds_{part}", 0.0) for entry in logs) for part in PARTS]
-    outside = [100 * entry["outside_models"] for entry in logs]
+    outside = [100 * share_outside(entry) for entry in logs]
     share = f"{statistics.mean(outside):.1f} ({min(outside):.1f} to {max(outside):.1f})"
     return f"| {name} | " + " | ".join(f"{s:.2f}" for s in seconds) + f" | {share} |"
 
