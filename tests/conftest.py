@@ -32,7 +32,7 @@ def offline_wandb(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     yield wandb
-    wandb.finish()
+    wandb.teardown()  # else the next run goes to this one's folder
 
 
 @pytest.fixture(scope="session")
