@@ -73,6 +73,8 @@ class GroupTrainer(FlowTrainer):
     """
 
     args: GroupConfig
+    #: What :meth:`generate` makes.
+    buffer_type: type[Any]
     phases = ("rollout", "reward", "update")
 
     def __init__(
@@ -117,11 +119,13 @@ class GroupTrainer(FlowTrainer):
 
     def save_buffer(self, folder: Path) -> None:
         """Write the buffer into a checkpoint that is taken in the middle of a rollout; called on every process."""
-        raise NotImplementedError
+        self._buffer.save(folder, (self.args.process_index, self.args.world_size))
 
     def load_buffer(self, folder: Path) -> Any:
-        """Read what :meth:`save_buffer` wrote."""
-        raise NotImplementedError
+        """Read what :meth:`save_buffer` wrote, on as many processes or on others."""
+        args = self.args
+        process, parts = (args.process_index, args.world_size), args.micro_batches_per_pass(args.world_size)
+        return self.buffer_type.load(folder, process, parts, self.in_step, self.accelerator.device)
 
     # -- prompts: each rollout's rows are handed out again for every micro-batch taken from it ----------------------
 

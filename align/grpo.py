@@ -21,7 +21,6 @@ Deviations from the report:
 - a rollout is scored once by the policy that drew it: the log-probability recorded while sampling is the old one.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +51,7 @@ class GRPOTrainer(GroupTrainer):
 
     args: GRPOConfig
     algorithm = "GRPO"
+    buffer_type = TransitionBuffer
     stops = (RewardError, ConsistencyError)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -174,14 +174,6 @@ class GRPOTrainer(GroupTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         self._consistent = False
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    def save_buffer(self, folder: Path) -> None:
-        self._buffer.save(folder, (self.args.process_index, self.args.world_size))
-
-    def load_buffer(self, folder: Path) -> TransitionBuffer:
-        args = self.args
-        process, parts = (args.process_index, args.world_size), args.micro_batches_per_pass(args.world_size)
-        return TransitionBuffer.load(folder, process, parts, self.in_step, self.accelerator.device)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -172,6 +172,7 @@ class NFTTrainer(GroupTrainer):
 
     args: NFTConfig
     algorithm = "DiffusionNFT"
+    buffer_type = PointBuffer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -314,14 +315,6 @@ class NFTTrainer(GroupTrainer):
         super().save_progress(folder)
         if self._old is not None and self.args.should_save:
             self._old.save(folder / SAMPLING_POLICY)
-
-    def save_buffer(self, folder: Path) -> None:
-        self._buffer.save(folder, (self.args.process_index, self.args.world_size))
-
-    def load_buffer(self, folder: Path) -> PointBuffer:
-        args = self.args
-        process, parts = (args.process_index, args.world_size), args.micro_batches_per_pass(args.world_size)
-        return PointBuffer.load(folder, process, parts, self.in_step, self.accelerator.device)
 
 
 def main(argv: list[str] | None = None) -> None:

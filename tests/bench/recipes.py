@@ -1,7 +1,6 @@
 """Which way to a held-out reward costs the fewest transformer forwards: recipes of GRPO and NFT, side by side.
 
-    python tests/bench/recipes.py --recipes flow_grpo window best --seeds 0 1 2
-    python tests/bench/recipes.py --hard --recipes flow_grpo best --seeds 0 1 2
+    python tests/bench/recipes.py --recipes flow_grpo one_step nft --seeds 0 1 2
 
 Every run is evaluated on the same held-out prompts and noise as it goes; its cost is the log's ``forward_equivalents``
 (a forward of one image 1, a backward 2) at the first evaluation that reaches the target, the first rollout's check of
