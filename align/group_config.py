@@ -3,7 +3,9 @@
 from dataclasses import dataclass, replace
 
 from datasets import Dataset
+from torch import Tensor
 
+from align.advantages import Aggregation, GroupAdvantages, ScaleRewards, group_advantages
 from align.evaluation import check_columns
 from align.flow_config import FlowConfig, setting
 from align.rollout import SamplingPlan
@@ -73,6 +75,33 @@ class GroupConfig(FlowConfig):
                 f"save_rollouts needs whole groups on each process: {images} images are no multiple of num_generations "
                 f"{self.num_generations}"
             )
+
+
+@dataclass
+class AdvantageConfig(GroupConfig):
+    """How GRPO and NFT compare the images of a group."""
+
+    advantage_clip: float = setting(5.0, "Bound on the advantage; NFT: at which an image counts as optimal.")
+    scale_rewards: ScaleRewards = setting("group", "Divide advantages by the std of the group, the batch, or none.")
+    multi_objective_aggregation: Aggregation = setting(
+        "sum_then_normalize", "Several rewards: sum raw, or normalize_then_sum within the group first."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_choices(scale_rewards=ScaleRewards, multi_objective_aggregation=Aggregation)
+        self.check_positive("advantage_clip")
+
+    def advantages(self, rewards: Tensor, weights: Tensor) -> GroupAdvantages:
+        """:func:`align.advantages.group_advantages` under these settings."""
+        return group_advantages(
+            rewards,
+            self.num_generations,
+            weights,
+            scale_rewards=self.scale_rewards,
+            aggregation=self.multi_objective_aggregation,
+            clip=self.advantage_clip,
+        )
 
 
 def check_data(

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.advantages import extremes, group_advantages
+from align.advantages import extremes
 from align.buffer import MicroBatch, TransitionBuffer
 from align.data_arguments import DataArguments
 from align.flow import Transition
@@ -65,14 +65,7 @@ class GRPOTrainer(GroupTrainer):
     def generate(self, rows: list[dict[str, Any]], update: int) -> TransitionBuffer:
         args = self.args
         result, rewards, weights = self.sample(rows, update, args.num_prefixes)
-        group = group_advantages(
-            rewards,
-            args.num_generations,
-            weights,
-            scale_rewards=args.scale_rewards,
-            aggregation=args.multi_objective_aggregation,
-            clip=args.advantage_clip,
-        )
+        group = args.advantages(rewards, weights)
         self.record_rewards(rewards, group.rewards, group.dead_groups)
         if args.num_trained is not None:
             group = extremes(group, args.num_generations, args.num_trained)

@@ -3,17 +3,16 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from align.advantages import Aggregation, ScaleRewards
 from align.flow import Reduction, SDEType, StochasticSampler
 from align.flow_config import setting
-from align.group_config import GroupConfig
+from align.group_config import AdvantageConfig
 from align.rollout import SamplingPlan, seeded_noise
 
 WindowSchedule = Literal["random", "sliding"]
 
 
 @dataclass
-class GRPOConfig(GroupConfig):
+class GRPOConfig(AdvantageConfig):
     """Arguments of :class:`align.grpo.GRPOTrainer`, over ``transformers.TrainingArguments``.
 
     ``per_device_train_batch_size`` counts transitions: (image, trained step) pairs of one forward and backward.
@@ -51,11 +50,6 @@ class GRPOConfig(GroupConfig):
     epsilon: float = setting(1e-4, "Clip range below 1. Per latent dimension with log_prob_reduction: mean.")
     epsilon_high: float | None = setting(None, "Clip range above 1. Default: epsilon.")
     beta: float = setting(0.0, "Weight of the KL to the reference. 0 runs no reference.")
-    advantage_clip: float = setting(5.0, "Bound on the advantage.")
-    scale_rewards: ScaleRewards = setting("group", "Divide advantages by the std of the group, the batch, or none.")
-    multi_objective_aggregation: Aggregation = setting(
-        "sum_then_normalize", "Several rewards: sum raw, or normalize_then_sum within the group first."
-    )
     log_prob_reduction: Reduction = setting(
         "mean", "Over latent dimensions: mean (published clip ranges) or sum (the report)."
     )
@@ -68,11 +62,9 @@ class GRPOConfig(GroupConfig):
         self.check_choices(
             sde_type=SDEType,
             sde_window_schedule=WindowSchedule,
-            scale_rewards=ScaleRewards,
-            multi_objective_aggregation=Aggregation,
             log_prob_reduction=Reduction,
         )
-        self.check_positive("epsilon", "epsilon_high", "noise_level", "consistency_tolerance", "advantage_clip")
+        self.check_positive("epsilon", "epsilon_high", "noise_level", "consistency_tolerance")
         self.check_least("beta", 0)
         for name in ("sde_window_interval", "sde_window_stride"):
             self.check_least(name, 1)

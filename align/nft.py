@@ -38,13 +38,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from align.advantages import Aggregation, ScaleRewards, group_advantages
 from align.buffer import PointBatch, PointBuffer
 from align.callbacks import HeldWeights
 from align.data_arguments import DataArguments
 from align.flow import Solver, add_noise, velocity_target
 from align.flow_config import setting
-from align.group_config import GroupConfig
+from align.group_config import AdvantageConfig
 from align.groups import GroupTrainer
 from align.launch import run_on_groups
 from align.losses import flow_matching_loss, nft_loss
@@ -59,7 +58,7 @@ SAMPLING_POLICY = "sampling_policy.safetensors"
 
 
 @dataclass
-class NFTConfig(NoiseLevels, GroupConfig):
+class NFTConfig(NoiseLevels, AdvantageConfig):
     """Arguments of :class:`NFTTrainer`, over ``transformers.TrainingArguments``.
 
     ``per_device_train_batch_size`` counts points: (image, noise level) pairs of one forward and backward.
@@ -86,21 +85,11 @@ class NFTConfig(NoiseLevels, GroupConfig):
     num_train_sigmas: int | None = setting(
         None, "Noise levels an image is trained at, all different. Default: as many as there are denoising steps."
     )
-    advantage_clip: float = setting(5.0, "The advantage at which an image counts as optimal.")
-    scale_rewards: ScaleRewards = setting("group", "Divide advantages by the std of the group, the batch, or none.")
-    multi_objective_aggregation: Aggregation = setting(
-        "sum_then_normalize", "Several rewards: sum raw, or normalize_then_sum within the group first."
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choices(
-            solver=Solver,
-            train_sigmas=TrainSigmas,
-            scale_rewards=ScaleRewards,
-            multi_objective_aggregation=Aggregation,
-        )
-        self.check_positive("nft_beta", "advantage_clip")
+        self.check_choices(solver=Solver, train_sigmas=TrainSigmas)
+        self.check_positive("nft_beta")
         self.check_least("beta", 0)
         self.check_least("sampling_decay_rate", 0)
         if not 0 <= self.sampling_decay_max < 1:
@@ -187,14 +176,7 @@ class NFTTrainer(GroupTrainer):
         self._follow(update)
         with self._sampling_policy():
             result, rewards, weights = self.sample(rows, update)
-            group = group_advantages(
-                rewards,
-                args.num_generations,
-                weights,
-                scale_rewards=args.scale_rewards,
-                aggregation=args.multi_objective_aggregation,
-                clip=args.advantage_clip,
-            )
+            group = args.advantages(rewards, weights)
             self.record_rewards(rewards, group.rewards, group.dead_groups)
             first, device = args.process_index * len(rows), result.latents.device
             optimality = 0.5 + group.advantages / (2 * args.advantage_clip)
