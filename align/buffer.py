@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from align.flow import StochasticSampler, Transition
-from align.rollout import seeded_noise
+from align.rollout import first_places, seeded_noise
 
 #: In a checkpoint: what is left of a rollout on process {} of {}.
 PART = "rollout-{}-of-{}.safetensors"
@@ -23,7 +23,8 @@ class MicroBatch:
 
     images: which of the rollout's images on this process each row belongs to. advantages, weights: (rows,); a weight is
     0 for a row that only keeps processes in step. step_positions: (rows,) index into the rollout's stochastic steps.
-    nominal_size: rows there would be, dead ones included, by which the loss is divided.
+    nominal_size: rows there would be, dead ones included, by which the loss is divided. distinct: rows whose latents,
+    noise level and prompt no row before them has: only these need a velocity. branch: of every row, which of them it is.
     """
 
     transition: Transition
@@ -32,6 +33,8 @@ class MicroBatch:
     weights: Tensor
     step_positions: Tensor
     nominal_size: float
+    distinct: list[int]
+    branch: list[int]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -55,17 +58,24 @@ class RolloutBuffer:
     seed: int
     keep_one: bool
 
-    def _deal(self, index: int, copies: int, dead_too: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _deal(
+        self, index: int, copies: int, dead_too: bool, starts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(copy, image, weight) of the rows of part ``index``; each pass deals the live rows in another order.
 
         The order is drawn over all processes' rows, and each takes its own of a part: an update is the same whatever
-        the number of processes. ``dead_too`` deals every row. A weight is 0 for a row that only keeps processes in step.
+        the number of processes. ``dead_too`` deals every row. ``starts``: (all images,) the first image that has the same
+        first copy; such copies are dealt one after the other. A weight is 0 for a row that only keeps processes in step.
         """
         number, part = divmod(index, self.micro_batches)
         images = len(self.prompts)
         alive = torch.ones_like(self.live) if dead_too else self.live
         rows = alive.repeat(copies).nonzero().flatten()  # copy by copy, all processes' images in each
-        rows = rows[seeded_noise((self.seed, self.update, "deal", number), (len(rows),)).argsort()]
+        place = torch.arange(copies * len(self.live))
+        if starts is not None:
+            place[: len(starts)] = starts
+        drawn = seeded_noise((self.seed, self.update, "deal", number), (len(place),))
+        rows = rows[drawn[place[rows]].argsort(stable=True)]
         rows = rows[_part(len(rows), part, self.micro_batches)]
         copy, image = rows // len(self.live), rows % len(self.live) - self.first
         own = (image >= 0) & (image < images)
@@ -111,18 +121,25 @@ class RolloutBuffer:
 class TransitionBuffer(RolloutBuffer):
     """The transitions of a rollout on one process: K steps of its N images, as K * N rows, step by step.
 
-    advantages: of those N images. Others: see :class:`RolloutBuffer`.
+    advantages: of those N images. starts: of each image of all processes, the first one with the same initial noise;
+    None where all differ. Others: see :class:`RolloutBuffer`.
     """
 
     transitions: Transition
     advantages: Tensor
     steps: tuple[int, ...]
     sampler: StochasticSampler
+    starts: list[int] | None = None
 
     def micro_batch(self, index: int, dead_too: bool = False) -> MicroBatch:
         """Part ``index`` of the passes over this rollout; ``dead_too`` deals every row, to check them."""
         steps, images, device = len(self.steps), len(self.prompts), self.advantages.device
-        step, image, weights = self._deal(index, steps, dead_too)
+        starts = None if self.starts is None else torch.tensor(self.starts)
+        step, image, weights = self._deal(index, steps, dead_too, starts)
+        # Up to the first stochastic step images with the same initial noise are one.
+        own = self.first + image
+        begun = own if starts is None else torch.where(step == 0, starts[own], own)
+        distinct, branch = first_places(list(zip(step.tolist(), begun.tolist(), strict=True)))
         return MicroBatch(
             transition=self.transitions[(step * images + image).to(device)],
             images=image.tolist(),
@@ -130,13 +147,15 @@ class TransitionBuffer(RolloutBuffer):
             weights=weights.to(device),
             step_positions=step,
             nominal_size=steps * images / self.micro_batches,
+            distinct=distinct,
+            branch=branch,
         )
 
     def _rows(self) -> dict[str, Tensor]:
         return {**vars(self.transitions), "advantages": self.advantages}
 
     def _facts(self) -> dict[str, Any]:
-        return {"steps": self.steps, "sampler": vars(self.sampler)}
+        return {"steps": self.steps, "sampler": vars(self.sampler), "starts": self.starts}
 
     @classmethod
     def _made(cls, rows: dict[str, Tensor], rest: dict[str, Any]) -> Self:

@@ -17,7 +17,7 @@ from align import reports
 from align.group_config import GroupConfig, check_data
 from align.models.base import FlowModel
 from align.ranking import extra_columns, write_groups
-from align.rollout import ImageKey, Rollout, rollout
+from align.rollout import ImageKey, Rollout, first_alike, rollout
 from align.scoring import Scoring, weights_of
 from align.trainer import FlowTrainer
 from preference_data.writer import RankedWriter
@@ -197,9 +197,10 @@ class GroupTrainer(FlowTrainer):
     def _image_keys(self, update: int, images: int, num_prefixes: int | None) -> list[ImageKey]:
         """Keys of this process's images by their place in the whole rollout, whatever the number of processes."""
         group, first = self.args.num_generations, self.args.process_index * images
-        places = [(i // group, i % group) for i in range(first, first + images)]
-        starts = num_prefixes or group
-        return [ImageKey(self.args.seed, update, prompt, sample, sample % starts) for prompt, sample in places]
+        return [
+            ImageKey(self.args.seed, update, i // group, i % group, first_alike(i, group, num_prefixes) % group)
+            for i in range(first, first + images)
+        ]
 
     def _save_rollout(self, rows: list[dict[str, Any]], result: Rollout, rewards: Tensor, update: int) -> None:
         """Append this process's groups to ``output_dir/rollouts``; a resumed run finds those that are there."""

@@ -13,7 +13,8 @@ Deviations from the report:
 - log-probabilities and KL average over latent dimensions, as every public implementation does, so that published
   clip ranges carry over; ``log_prob_reduction: sum`` is the report's eq. 5;
 - only ``sde_window_size`` steps may be stochastic and trained (Flow-GRPO-Fast, MixGRPO); all steps by default; images
-  of a group may share their initial noise, and then the steps before the window are computed once (``num_prefixes``);
+  of a group may share their initial noise (``num_prefixes``): then the steps before the window, and the velocity of its
+  first step, are computed once for all of them, in training too;
 - only the best and the worst images of a group may be trained (DanceGRPO; ``num_trained``); all by default;
 - the group's standard deviation is the sample one (n - 1), as in TRL;
 - a group whose rewards are all equal is not run through the model, so it adds no KL either; the mean is still taken
@@ -34,7 +35,7 @@ from align.groups import GroupTrainer
 from align.grpo_config import GRPOConfig
 from align.launch import run_on_groups
 from align.losses import gaussian_kl, grpo_policy_loss
-from align.rollout import velocity_fn
+from align.rollout import first_alike, velocity_fn
 from rewards import RewardError
 
 
@@ -78,6 +79,7 @@ class GRPOTrainer(GroupTrainer):
             first=first,
             steps=result.steps,
             sampler=result.sampler,
+            starts=[first_alike(i, args.num_generations, args.num_prefixes) for i in range(len(rewards))],
             update=update,
             micro_batches=args.micro_batches_per_pass(args.world_size),
             seed=args.seed,
@@ -96,7 +98,7 @@ class GRPOTrainer(GroupTrainer):
                 replayed = self._replay(buffer, batch, self.model_wrapped)
             deviation = (torch.exp(replayed.log_prob - batch.transition.log_prob) - 1).abs()
             worst.scatter_reduce_(0, batch.step_positions.to(worst.device), deviation, "amax")
-            self.count_forwards(len(batch), trained=False, guided=self.args.guidance_scale > 1)
+            self._count(batch, trained=False)
         worst = self.accelerator.gather(worst).view(-1, len(buffer.steps)).amax(0)
         tolerance = self.args.consistency_tolerance * min(self.args.clip_range)
         self.metrics.record(ratio_deviation_at_start=worst.max().item(), ratio_tolerance=tolerance)
@@ -114,7 +116,12 @@ class GRPOTrainer(GroupTrainer):
     def _velocity(self, buffer: TransitionBuffer, batch: MicroBatch, transformer: torch.nn.Module) -> Tensor:
         conditions = self.flow.encode_prompts(buffer.prompts)  # of the whole rollout, as when it was sampled
         velocity = velocity_fn(self.flow, self.args.plan(buffer.update), transformer)
-        return velocity(batch.transition.latents, batch.transition.sigma, [conditions[i] for i in batch.images])
+        drawn, rows = batch.transition, batch.distinct  # images that began alike have their first velocity in common
+        v = velocity(drawn.latents[rows], drawn.sigma[rows], [conditions[batch.images[row]] for row in rows])
+        return v[batch.branch]
+
+    def _count(self, batch: MicroBatch, trained: bool) -> None:
+        self.count_forwards(len(batch.distinct), trained=trained, guided=self.args.guidance_scale > 1)
 
     def _replay(self, buffer: TransitionBuffer, batch: MicroBatch, transformer: torch.nn.Module) -> Transition:
         """The drawn transitions, scored under the policy as it is now."""
@@ -145,7 +152,7 @@ class GRPOTrainer(GroupTrainer):
             ratio_max=policy.ratio.max().item(),
             clip_share=policy.clipped.float().mean().item(),
         )
-        self.count_forwards(len(batch), trained=True, guided=args.guidance_scale > 1)
+        self._count(batch, trained=True)
         # Dead transitions were left out of the batch and count 0 in the mean over all of them.
         return (loss * batch.weights).sum() / batch.nominal_size
 
@@ -154,7 +161,7 @@ class GRPOTrainer(GroupTrainer):
         # A frozen copy was made before the launcher wrapped the model in its autocast: give it the same.
         with torch.no_grad(), self.accelerator.autocast(), self.flow.reference(model) as reference:
             v = self._velocity(buffer, batch, reference)
-        self.count_forwards(len(batch), trained=False, guided=self.args.guidance_scale > 1)
+        self._count(batch, trained=False)
         return buffer.sampler.moments(drawn.latents, v, drawn.sigma, drawn.sigma_next)[0]
 
     def _record_kl(self, name: str, mean: Tensor, other: Tensor, std: Tensor) -> None:

@@ -39,8 +39,8 @@ class GRPOConfig(AdvantageConfig):
     sde_window_stride: int = setting(1, "Sliding: steps by which it moves.")
     num_prefixes: int | None = setting(
         None,
-        "Different initial noises in a group. Images that have one in common are the same up to the window, and those "
-        "steps are computed once for all of them. Default: one for each image.",
+        "Different initial noises in a group. Images that have one in common are the same up to the window's first noise: "
+        "to there every velocity is computed once for all of them, the trained one included. Default: one for each image.",
     )
     num_trained: int | None = setting(
         None, "Images of a group that are trained: half of them its best, half its worst. Default: all."

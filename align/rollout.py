@@ -5,7 +5,7 @@ update, prompt, sample) and by the step, so one process and eight, or another ch
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,9 +87,9 @@ class SamplingPlan:
         return StochasticSampler(self.noise_level, self.sde_type, float(sigmas[1]), self.log_prob_reduction)
 
     @property
-    def steps_before_noise(self) -> int:
-        """ODE steps ahead of the first stochastic one: images with the same initial noise are the same up to there."""
-        return min(self.sde_steps) if self.sde_steps and self.noise_level > 0 else 0
+    def common_velocities(self) -> int:
+        """Of how many steps images with the same initial noise have the velocity in common: to the first stochastic one."""
+        return min(self.sde_steps) + 1 if self.sde_steps and self.noise_level > 0 else 0
 
     @property
     def forwards_per_velocity(self) -> int:
@@ -159,25 +159,29 @@ def rollout(
     conditions = model.encode_prompts(prompts)
     shape = model.latent_shape(plan.height, plan.width)
     if initial_latents is None:
-        distinct, branch = _distinct_starts(keys)
+        distinct, branch = first_places([key.initial() for key in keys])
         starts = torch.stack([seeded_noise(keys[row].initial(), shape) for row in distinct])
     else:
         distinct = branch = list(range(len(prompts)))
         starts = initial_latents
-    shared = plan.steps_before_noise if len(distinct) < len(prompts) else 0
-    apart = plan.num_inference_steps - shared
+    common = plan.common_velocities if len(distinct) < len(prompts) else 0
+    apart = plan.num_inference_steps - common
     size = plan.batch_size
     latents, images, records = [], [], []
-    calls = -(-len(distinct) // size) * shared + -(-len(prompts) // size) * apart
+    calls = -(-len(distinct) // size) * common + -(-len(prompts) // size) * apart
     with tqdm(total=calls, desc="rollout", leave=False, disable=not show_progress) as bar:
         denoise = _Denoiser(velocity_fn(model, plan, transformer), sigmas, plan, bar.update)
-        if shared:
-            here = [conditions[row] for row in distinct], [keys[row] for row in distinct]
-            starts = denoise.all(starts, *here, range(shared))
+        velocity = None
+        if common:
+            starts, velocity = denoise.trunk(starts, [conditions[row] for row in distinct], common)
         for start in range(0, len(prompts), size):
             chunk = slice(start, start + size)
             final, transitions = denoise(
-                starts[branch[chunk]], conditions[chunk], keys[chunk], range(shared, plan.num_inference_steps)
+                starts[branch[chunk]],
+                conditions[chunk],
+                keys[chunk],
+                range(max(common - 1, 0), plan.num_inference_steps),
+                None if velocity is None else velocity[branch[chunk]],
             )
             latents.append(final)
             records.append(transitions)
@@ -191,15 +195,21 @@ def rollout(
         steps=plan.sde_steps,
         transitions=[Transition.cat(list(parts)) for parts in zip(*records, strict=True)],
         sampler=plan.sampler(sigmas),
-        forwards=(len(distinct) * shared + len(prompts) * apart) * plan.forwards_per_velocity,
+        forwards=(len(distinct) * common + len(prompts) * apart) * plan.forwards_per_velocity,
     )
 
 
-def _distinct_starts(keys: list[ImageKey]) -> tuple[list[int], list[int]]:
-    """The first row of each initial noise; and of every row, which of those it starts from."""
-    places: dict[tuple[int | str, ...], int] = {}
-    branch = [places.setdefault(key.initial(), len(places)) for key in keys]
-    return [branch.index(place) for place in range(len(places))], branch
+def first_alike(image: int, num_generations: int, num_prefixes: int | None) -> int:
+    """The first image of a rollout with the initial noise of ``image``, where groups have ``num_prefixes`` of them."""
+    sample = image % num_generations
+    return image - sample + sample % (num_prefixes or num_generations)
+
+
+def first_places(values: Sequence[Hashable]) -> tuple[list[int], list[int]]:
+    """Where each different value stands first; and of every value, which of those it is."""
+    numbers: dict[Hashable, int] = {}
+    which = [numbers.setdefault(value, len(numbers)) for value in values]
+    return [which.index(number) for number in range(len(numbers))], which
 
 
 @dataclass(frozen=True)
@@ -211,23 +221,37 @@ class _Denoiser:
     plan: SamplingPlan
     tick: Callable[[], Any]
 
-    def all(self, latents: Tensor, conditions: list[Any], keys: list[ImageKey], steps: range) -> Tensor:
-        """Latents after ``steps``, all of which are of the ODE, chunk by chunk."""
-        size = self.plan.batch_size
-        chunks = [slice(start, start + size) for start in range(0, len(latents), size)]
-        return torch.cat([self(latents[c], conditions[c], keys[c], steps)[0] for c in chunks])
+    def trunk(self, latents: Tensor, conditions: list[Any], velocities: int) -> tuple[Tensor, Tensor]:
+        """Latents before the first stochastic step, and their velocity there; all steps before it are of the ODE."""
+        size, step = self.plan.batch_size, velocities - 1
+        before, there = [], []
+        for start in range(0, len(latents), size):
+            chunk = slice(start, start + size)
+            before.append(self(latents[chunk], conditions[chunk], [], range(step))[0])
+            there.append(self.velocity(before[-1], self.sigmas[step].expand(len(before[-1])), conditions[chunk]))
+            self.tick()
+        return torch.cat(before), torch.cat(there)
 
     def __call__(
-        self, latents: Tensor, conditions: list[Any], keys: list[ImageKey], steps: range
+        self,
+        latents: Tensor,
+        conditions: list[Any],
+        keys: list[ImageKey],
+        steps: range,
+        first_velocity: Tensor | None = None,
     ) -> tuple[Tensor, list[Transition]]:
-        """An SDE step on ``plan.sde_steps``, with its record, an ODE step elsewhere."""
+        """An SDE step on ``plan.sde_steps``, with its record, an ODE step elsewhere.
+
+        ``first_velocity``: of the first of ``steps``, where it is known.
+        """
         plan, sigmas = self.plan, self.sigmas
         latents = latents.float().to(sigmas.device)
         sampler, transitions = plan.sampler(sigmas), []
         before: Tensor | None = None
         for step in steps:
             sigma, sigma_next = sigmas[step].expand(len(latents)), sigmas[step + 1].expand(len(latents))
-            v = self.velocity(latents, sigma, conditions)
+            known = first_velocity if step == steps.start else None
+            v = self.velocity(latents, sigma, conditions) if known is None else known
             if step in plan.sde_steps and plan.noise_level > 0:
                 noise = torch.stack([seeded_noise(key.step(step), latents.shape[1:]) for key in keys])
                 record = sampler.transition(latents, v, sigma, sigma_next, noise=noise.to(latents.device))
@@ -239,5 +263,6 @@ class _Denoiser:
                     direction = ab2_velocity(v, float(sigma[0]), float(sigma_next[0]), before, float(sigmas[step - 1]))
                     before = v
                 latents = ode_step(latents, direction, sigma, sigma_next)
-            self.tick()
+            if known is None:
+                self.tick()
         return latents, transitions

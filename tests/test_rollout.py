@@ -47,12 +47,17 @@ def test_a_shared_start_shares_the_initial_noise_only(tiny):
     assert not torch.allclose(second[0], second[2], atol=1e-2)
 
 
-@pytest.mark.parametrize(("starts", "guidance_scale", "size"), [(1, 1.0, 4), (2, 1.0, 16), (2, 3.0, 1), (3, 1.0, 2)])
-def test_steps_before_the_window_are_computed_once_for_images_with_one_start(tiny, starts, guidance_scale, size):
+@pytest.mark.parametrize(
+    ("starts", "first", "guidance_scale", "size"),
+    [(1, 2, 1.0, 4), (1, 0, 1.0, 4), (2, 2, 1.0, 16), (2, 1, 3.0, 1), (3, 2, 1.0, 2)],
+)
+def test_velocities_up_to_the_first_noise_are_computed_once_for_images_with_one_start(
+    tiny, starts, first, guidance_scale, size
+):
     keys = [ImageKey(0, 4, i // 3, i % 3, noise_sample=i % starts) for i in range(6)]
-    plan = replace(PLAN, sde_steps=(2, 3), guidance_scale=guidance_scale, batch_size=size)
+    plan = replace(PLAN, sde_steps=(first, first + 1), guidance_scale=guidance_scale, batch_size=size)
     drawn = rollout(tiny, PROMPTS, keys, plan)
-    saved = (6 - 2 * starts) * 2  # prompts x starts, of the two steps before the window
+    saved = (6 - 2 * starts) * (first + 1)  # prompts x starts, of the steps before the window and its first one
     assert drawn.forwards == (6 * 5 - saved) * (2 if guidance_scale > 1 else 1)
     for row, (prompt, key) in enumerate(zip(PROMPTS, keys, strict=True)):  # a call of its own shares nothing
         alone = rollout(tiny, [prompt], [key], plan)
@@ -61,8 +66,8 @@ def test_steps_before_the_window_are_computed_once_for_images_with_one_start(tin
         for together, one in zip(drawn.transitions, alone.transitions, strict=True):
             assert (together.next_latents[row] - one.next_latents[0]).abs().max() < 1e-4
             assert together.log_prob[row] == pytest.approx(one.log_prob[0].item(), abs=1e-4)
-    first = drawn.transitions[0].latents
-    assert torch.equal(first[0], first[starts % 3]) and not torch.allclose(first[0], first[3], atol=1e-2)
+    begin = drawn.transitions[0].latents
+    assert torch.equal(begin[0], begin[starts % 3]) and not torch.allclose(begin[0], begin[3], atol=1e-2)
 
 
 def test_images_that_start_alike_and_have_no_noise_are_still_all_drawn(tiny):
