@@ -9,7 +9,9 @@ import torch
 from brightness import score as brightness
 from datasets import Dataset
 from diffusers import QwenImagePipeline
+from group_runs import history, some_scored, weights
 from peft import LoraConfig
+from scaled import largest_difference
 from stock import stock_errors
 
 from align.dpo import dpo_errors
@@ -49,27 +51,6 @@ def trainer(folder: Path, rewards=(brightness,), peft_config="lora", data=PROMPT
     adapter = LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian") if peft_config == "lora" else peft_config
     args = OnlineDPOConfig(**settings(folder, **overrides))
     return OnlineDPOTrainer(QwenImage.from_pretrained("tiny"), list(rewards), args, data, peft_config=adapter)
-
-
-def weights(run) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in run.trained_parameters().items()}
-
-
-def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max((one[name] - other[name]).abs().max().item() for name in one)
-
-
-def history(run, key: str) -> list[float]:
-    return [entry[key] for entry in run.state.log_history if key in entry]
-
-
-def some_scored(images, prompts):
-    """Crosses have no score, squares the same one, all others their brightness."""
-    scores = brightness(images, prompts)
-    for number, prompt in enumerate(prompts):
-        scores[number] = None if "cross" in prompt else 0.5 if "squares" in prompt else scores[number]
-    return scores
 
 
 # --- Pairs ---

@@ -9,8 +9,10 @@ import pytest
 import torch
 from brightness import score as brightness
 from datasets import Dataset
+from group_runs import history, weights
 from peft import LoraConfig
 from safetensors.torch import load_file
+from scaled import largest_difference
 
 from align.grpo import ConsistencyError, GRPOConfig, GRPOTrainer
 from align.models.qwen_image import QwenImage
@@ -56,19 +58,6 @@ def trainer(
     model = model or QwenImage.from_pretrained("tiny")
     adapter = lora() if peft_config == "lora" else peft_config
     return GRPOTrainer(model, list(rewards), config(folder, **overrides), data, peft_config=adapter)
-
-
-def weights(run: GRPOTrainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in run.trained_parameters().items()}
-
-
-def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max((one[name] - other[name]).abs().max().item() for name in one)
-
-
-def history(run: GRPOTrainer, key: str) -> list[float]:
-    return [entry[key] for entry in run.state.log_history if key in entry]
 
 
 # -- the algorithm -----------------------------------------------------------------------------------------------------
