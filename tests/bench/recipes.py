@@ -1,11 +1,12 @@
 """Which way to a held-out reward costs the fewest transformer forwards: recipes of GRPO and NFT, side by side.
 
-    python tests/bench/recipes.py --recipes flow_grpo one_step nft --seeds 0 1 2
+    python tests/bench/recipes.py --task preference --seeds 0 1 2 --jobs 2
 
 Every run is evaluated on the same held-out prompts and noise as it goes; its cost is the log's ``forward_equivalents``
 (a forward of one image 1, a backward 2) at the first evaluation that reaches the target, the first rollout's check of
 the ratio included and the evaluations left out. A run that never gets there costs more than all it spent. Guards are
-those of that same evaluation. Recipes are in tests/bench/recipes.yaml: each is a list of overrides of a shipped config.
+those of that same evaluation, or of the last one. There is a table for each target. Recipes are in
+tests/bench/recipes.yaml: each is a list of overrides of a shipped config.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,25 +69,47 @@ def spread(values: list[float], form: str) -> str:
     return f"{format(statistics.mean(values), form)} ({format(min(values), form)} to {format(max(values), form)})"
 
 
-def row(name: str, runs: list[Reached], baseline: float | None, guards: list[str]) -> str:
-    """One line of the table."""
-    cost, least = spread([r.cost / 1000 for r in runs], ".1f"), "" if all(r.reached for r in runs) else "> "
-    ratio = "" if baseline is None else f"{least}{statistics.mean(r.cost for r in runs) / baseline:.3f}"
-    there = f"{sum(r.reached for r in runs)} of {len(runs)}"
+def ratio(runs: list[Reached], baseline: list[Reached]) -> str:
+    """Mean cost over the baseline's: a bound where one of the two did not always get there, a question where both."""
+    here, there = (all(r.reached for r in each) for each in (runs, baseline))
+    sign = {(True, True): "", (True, False): "< ", (False, True): "> ", (False, False): "? "}[here, there]
+    return f"{sign}{statistics.mean(r.cost for r in runs) / statistics.mean(r.cost for r in baseline):.3f}"
+
+
+def row(name: str, runs: list[Reached], baseline: list[Reached], measure: str, guards: list[str]) -> str:
+    """One line of a table."""
+    least = "" if all(r.reached for r in runs) else "> "
     changes = [spread([r.measures[guard] - r.start[guard] for r in runs], "+.3f") for guard in guards]
-    return f"| {name} | {there} | {spread([r.update for r in runs], '.0f')} | {least}{cost} | {ratio} | " + (
-        " | ".join(changes) + " |"
+    cells = (
+        name,
+        f"{sum(r.reached for r in runs)} of {len(runs)}",
+        spread([r.measures[measure] for r in runs], ".3f"),
+        spread([r.update for r in runs], ".0f"),
+        least + spread([r.cost / 1000 for r in runs], ".1f"),
+        ratio(runs, baseline),
+        *changes,
     )
+    return f"| {' | '.join(cells)} |"
+
+
+def table(logs: dict[str, list[list[dict[str, Any]]]], measure: str, target: float, guards: list[str]) -> str:
+    """How every recipe did; its guards as changes since before the run."""
+    heads = ["recipe", "reached", measure, "update", "thousand forward-equivalents", "of the first", *guards]
+    lines = [f"held-out {measure} of {target}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    runs = {name: [reached(log, measure, target) for log in each] for name, each in logs.items()}
+    baseline = next(iter(runs.values()))
+    return "\n".join([*lines, *(row(name, each, baseline, measure, guards) for name, each in runs.items())])
 
 
 def main() -> None:
-    """Run the recipes seed by seed, and print the table."""
+    """Run every recipe with every seed, and print a table for each target."""
     known = yaml.safe_load(RECIPES.read_text())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=sorted(known), default="preference")
     parser.add_argument("--recipes", nargs="+", help="default: all; the first is what the others are compared with")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--target", type=float)
+    parser.add_argument("--targets", type=float, nargs="+")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time: counts of forwards do not mind company")
     parser.add_argument("--curves", type=Path, help="write every held-out value of every run here, as JSON lines")
     args = parser.parse_args()
     task = known[args.task]
@@ -93,26 +117,30 @@ def main() -> None:
     for name in names:
         if name not in task["recipes"]:
             parser.error(f"no recipe {name!r} of {args.task}. There are: {', '.join(task['recipes'])}")
-    target, measure, guards = args.target or task["target"], task["measure"], task["guards"]
-    results: dict[str, list[Reached]] = {name: [] for name in names}
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in args.seeds:
-            for name in names:
-                recipe = task["recipes"][name]
-                settings = task["settings"] | recipe.get("settings", {})
-                whole = {"script": recipe.get("script", "align/grpo.py"), "config": task["config"]} | recipe
-                log = run(whole | {"settings": settings}, seed, Path(folder) / f"{name}-{seed}")
-                results[name].append(reached(log, measure, target))
-                print(f"{name}, seed {seed}: {results[name][-1]}", file=sys.stderr, flush=True)
-                if args.curves:
-                    with args.curves.open("a") as file:
-                        file.write(json.dumps({"recipe": name, "seed": seed, "log": log}) + "\n")
-    print(f"held-out {measure} of {target}, seeds {args.seeds}\n")
-    print("| recipe | reached | update | thousand forward-equivalents | of the first | " + " | ".join(guards) + " |")
-    print("|---" * (5 + len(guards)) + "|")
-    baseline = statistics.mean(r.cost for r in results[names[0]])
-    for name in names:
-        print(row(name, results[name], baseline, guards))
+    logs: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+
+        def one(job: tuple[int, str]) -> list[dict[str, Any]]:
+            seed, name = job
+            recipe = task["recipes"][name] or {}
+            settings = task["settings"] | recipe.get("settings", {})
+            whole = {"script": "align/grpo.py", "config": task["config"]} | recipe | {"settings": settings}
+            return run(whole, seed, Path(folder) / f"{name}-{seed}")
+
+        jobs = [(seed, name) for seed in args.seeds for name in names]
+        for (seed, name), log in zip(jobs, pool.map(one, jobs), strict=True):
+            logs[name].append(log)
+            print(
+                f"{name}, seed {seed}: {reached(log, task['measure'], task['targets'][-1])}",
+                file=sys.stderr,
+                flush=True,
+            )
+            if args.curves:
+                with args.curves.open("a") as file:
+                    file.write(json.dumps({"recipe": name, "seed": seed, "log": log}) + "\n")
+    print(f"seeds {args.seeds}")
+    for target in args.targets or task["targets"]:
+        print("\n" + table(logs, task["measure"], target, task["guards"]))
 
 
 if __name__ == "__main__":
