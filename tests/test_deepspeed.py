@@ -106,6 +106,31 @@ def test_every_algorithm_under_every_launcher(folder, alone, algorithm, launcher
     check_resumed(two, scaled.resume(folder, algorithm, launcher, two))
 
 
+#: What large models are trained in; without a GPU it has to be said that this is meant.
+BFLOAT16 = ("--dtype", "bfloat16", "--bf16", "true", "--use_cpu", "true")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["grpo", "sft"])
+@pytest.mark.parametrize("launcher", ["zero2", "zero3"])
+def test_bfloat16_is_trained_alike_resumes_exactly_and_exports(folder, algorithm, launcher):
+    one = scaled.train(folder, algorithm, None, f"{algorithm}-{launcher}-bf16-one", *BFLOAT16)
+    two = scaled.train(folder, algorithm, launcher, f"{algorithm}-{launcher}-bf16", *BFLOAT16)
+    assert two.logged("loss") == pytest.approx(one.logged("loss"), rel=2e-2, abs=2e-5)
+    assert two.logged("grad_norm") == pytest.approx(one.logged("grad_norm"), rel=2e-2)
+    if algorithm == "grpo":
+        assert two.log[0]["ratio_deviation_at_start"] < two.log[0]["ratio_tolerance"] / 10
+    moved = scaled.largest_difference(one.trained(1), one.trained(scaled.UPDATES))
+    assert scaled.largest_difference(single(one.lora), single(two.lora)) < moved / 5
+    check_export(two)
+    check_resumed(two, scaled.resume(folder, algorithm, launcher, two, *BFLOAT16))
+
+
+def single(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """In float32: DeepSpeed keeps such a copy for its optimizer alone, and what is sampled with, and exported, is rounded."""
+    return {name: value.float() for name, value in state.items()}
+
+
 # --- Resumed on other processes than wrote the checkpoint, in the middle of a rollout ---
 
 #: With moments, which are shared out as well. So large an epsilon keeps Adam from amplifying rounding.
