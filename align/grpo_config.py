@@ -159,7 +159,7 @@ class GRPOConfig(AdvantageConfig):
     def check_world(self, world_size: int) -> None:
         super().check_world(world_size)
         images = self.generation_batch_size // world_size
-        if self.num_prefixes is not None and images % self.num_generations:
+        if self.num_prefixes not in (None, self.num_generations) and images % self.num_generations:
             # Processes would begin another number of images: under ZeRO-3 they would wait for each other for ever.
             raise ValueError(
                 f"num_prefixes shares steps within a group, and {images} images on each of {world_size} processes do not "

@@ -112,7 +112,10 @@ def test_a_group_with_shared_prefixes_is_not_cut_in_two():
     settings.check_world(2)
     with pytest.raises(ValueError, match=r"num_prefixes .* 2 images on each of 4 processes .* num_generations 4"):
         settings.check_world(4)
-    config(num_generations=4, generation_batch_size=8, per_device_train_batch_size=1).check_world(4)
+    for apart in (None, 4):  # images that have nothing in common may be
+        config(
+            num_prefixes=apart, num_generations=4, generation_batch_size=8, per_device_train_batch_size=1
+        ).check_world(4)
 
 
 def test_another_seed_draws_other_windows():
