@@ -355,16 +355,8 @@ def test_every_process_group_gets_the_time_out(tmp_path):
 
 WORDS = [
     *(ROOT / "align/grpo.py", "--config", ROOT / "configs/tiny/grpo.yaml", "--eval_strategy", "no", *GLOO),
-    *(
-        "--eval_on_start",
-        "false",
-        "--num_generations",
-        "4",
-        "--generation_batch_size",
-        "8",
-        "--num_inference_steps",
-        "4",
-    ),
+    *("--eval_on_start", "false", "--num_generations", "4", "--generation_batch_size", "8"),
+    *("--num_inference_steps", "4", "--sde_window_size", "2", "--num_prefixes", "4"),
     *("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", "--disable_tqdm", "true"),
     *("--rewards", "jpeg_size", "--save_strategy", "steps", "--save_steps", "2", "--resume_from_checkpoint", "true"),
 ]

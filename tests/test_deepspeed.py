@@ -106,6 +106,16 @@ def test_every_algorithm_under_every_launcher(folder, alone, algorithm, launcher
     check_resumed(two, scaled.resume(folder, algorithm, launcher, two))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["ddp", "zero3"])
+def test_what_a_group_has_in_common_is_computed_once_on_two_processes_too(folder, launcher):
+    one = scaled.train(folder, "grpo", None, f"grpo-prefix-{launcher}-one", "--num_prefixes", "2")
+    two = scaled.train(folder, "grpo", launcher, f"grpo-prefix-{launcher}", "--num_prefixes", "2")
+    check_equal(one, two)
+    assert one.logged("forward_equivalents") == two.logged("forward_equivalents")
+    check_resumed(two, scaled.resume(folder, "grpo", launcher, two, "--num_prefixes", "2"))
+
+
 #: What large models are trained in; without a GPU it has to be said that this is meant.
 BFLOAT16 = ("--dtype", "bfloat16", "--bf16", "true", "--use_cpu", "true")
 

@@ -13,7 +13,7 @@ CONFIG = ["--config", str(ROOT / "configs/tiny/grpo.yaml")]
 SHORT = [
     *("--eval_strategy", "no", "--eval_on_start", "false", "--num_generations", "4", "--generation_batch_size", "8"),
     *("--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2", "--num_inference_steps", "4"),
-    *("--disable_tqdm", "true"),
+    *("--sde_window_size", "2", "--num_prefixes", "4", "--disable_tqdm", "true"),
 ]
 REWARD = """
 from PIL import ImageStat

@@ -40,7 +40,8 @@ def score(images, prompts):
 #: Four updates on a rollout and a checkpoint every third: most are taken in the middle of one.
 WORDS = [
     *("--eval_strategy", "no", "--eval_on_start", "false", "--num_generations", "4", "--generation_batch_size", "8"),
-    *("--num_inference_steps", "4", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"),
+    *("--num_inference_steps", "4", "--sde_window_size", "2", "--num_prefixes", "4"),
+    *("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"),
     *("--num_iterations", "2", "--save_strategy", "steps", "--save_steps", "3", "--save_total_limit", "2"),
     *("--disable_tqdm", "true", "--rewards", "./my_reward.py:score", "--resume_from_checkpoint", "true"),
 ]

@@ -46,6 +46,8 @@ TRAIN = (
 )
 #: Two updates a rollout, so that the first checkpoint lies in the middle of one.
 GROUPS = ("--num_generations", "4", "--num_iterations", "2", "--num_inference_steps", "3")
+#: Two transitions of each image, which has nothing in common with the others of its group, so that they can be cut up.
+TWO_STEPS = ("--sde_window_size", "2", "--num_prefixes", "4")
 #: DiffusionNFT with a sampling policy that is not the trained one.
 SLOW_POLICY = ("--num_train_sigmas", "2", "--sampling_decay_rate", "0.3")
 #: (settings, examples of an update) of each algorithm.
@@ -53,7 +55,7 @@ SETTINGS = {
     "sft": (("--config", "sft_style", "--num_inference_steps", "2"), 8),
     "dpo": (("--config", "dpo", "--num_inference_steps", "2"), 8),
     "dpo_online": (("--config", "dpo_online", *GROUPS, "--generation_batch_size", "32"), 8),
-    "grpo": (("--config", "grpo", *GROUPS, "--generation_batch_size", "8", "--beta", "0.1"), 16),
+    "grpo": (("--config", "grpo", *GROUPS, *TWO_STEPS, "--generation_batch_size", "8", "--beta", "0.1"), 16),
     "nft": (("--config", "nft", *GROUPS, "--generation_batch_size", "8", *SLOW_POLICY, "--beta", "0.1"), 16),
 }
 
