@@ -158,12 +158,7 @@ def rollout(
     sigmas = model.sigmas(plan.num_inference_steps, plan.height, plan.width).to(model.device)
     conditions = model.encode_prompts(prompts)
     shape = model.latent_shape(plan.height, plan.width)
-    if initial_latents is None:
-        distinct, branch = first_places([key.initial() for key in keys])
-        starts = torch.stack([seeded_noise(keys[row].initial(), shape) for row in distinct])
-    else:
-        distinct = branch = list(range(len(prompts)))
-        starts = initial_latents
+    starts, distinct, branch = _starts(keys, shape, initial_latents)
     common = plan.common_velocities if len(distinct) < len(prompts) else 0
     apart = plan.num_inference_steps - common
     size = plan.batch_size
@@ -203,6 +198,14 @@ def first_alike(image: int, num_generations: int, num_prefixes: int | None) -> i
     """The first image of a rollout with the initial noise of ``image``, where groups have ``num_prefixes`` of them."""
     sample = image % num_generations
     return image - sample + sample % (num_prefixes or num_generations)
+
+
+def _starts(keys: list[ImageKey], shape: Sequence[int], given: Tensor | None) -> tuple[Tensor, list[int], list[int]]:
+    """Different latents to start from, the first image of each, and of every image which of them is its own."""
+    if given is not None:
+        return given, list(range(len(given))), list(range(len(given)))
+    distinct, branch = first_places([key.initial() for key in keys])
+    return torch.stack([seeded_noise(keys[row].initial(), shape) for row in distinct]), distinct, branch
 
 
 def first_places(values: Sequence[Hashable]) -> tuple[list[int], list[int]]:
