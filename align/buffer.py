@@ -46,8 +46,8 @@ class RolloutBuffer:
 
     prompts: of those N images, which are on this process. live: (all images of all processes,) which carry gradient.
     first: place of this process's first image among them. update: number of the rollout. micro_batches: parts of one
-    pass over it. seed: of the order in which all processes' rows are dealt. keep_one: never deal an empty part
-    (processes must stay in step).
+    pass over it. per_update: how many of them make one optimizer update. seed: of the order in which all processes' rows
+    are dealt. keep_one: never deal an empty part (processes must stay in step).
     """
 
     prompts: list[str]
@@ -55,6 +55,7 @@ class RolloutBuffer:
     first: int
     update: int
     micro_batches: int
+    per_update: int
     seed: int
     keep_one: bool
 
@@ -63,8 +64,9 @@ class RolloutBuffer:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(copy, image, weight) of the rows of part ``index``; each pass deals the live rows in another order.
 
-        The order is drawn over all processes' rows, and each takes its own of a part: an update is the same whatever
-        the number of processes. ``dead_too`` deals every row. ``starts``: (all images,) the first image that has the same
+        The order is drawn over all processes' rows, and each takes its own of an update: that is the same whatever the
+        number of processes. What it has there it spreads evenly over its parts, so that none is much larger than the
+        batch size says; where a pass makes one update, none is larger at all. ``dead_too`` deals every row. ``starts``: (all images,) the first image that has the same
         first copy; such copies are dealt one after the other. A weight is 0 for a row that only keeps processes in step.
         """
         number, part = divmod(index, self.micro_batches)
@@ -76,9 +78,11 @@ class RolloutBuffer:
             place[: len(starts)] = starts
         drawn = seeded_noise((self.seed, self.update, "deal", number), (len(place),))
         rows = rows[drawn[place[rows]].argsort(stable=True)]
-        rows = rows[_part(len(rows), part, self.micro_batches)]
+        update, part = divmod(part, self.per_update)
+        rows = rows[_part(len(rows), update, self.micro_batches // self.per_update)]
         copy, image = rows // len(self.live), rows % len(self.live) - self.first
-        own = (image >= 0) & (image < images)
+        own = ((image >= 0) & (image < images)).nonzero().flatten()
+        own = own[_part(len(own), part, self.per_update)]
         copy, image = copy[own], image[own]
         if len(image) or not self.keep_one:
             return copy, image, torch.ones(len(image))
@@ -91,17 +95,16 @@ class RolloutBuffer:
         save_file(tensors, folder / PART.format(*process), metadata={"rollout": json.dumps(said)})
 
     @classmethod
-    def load(
-        cls, folder: Path, process: tuple[int, int], micro_batches: int, keep_one: bool, device: torch.device
-    ) -> Self:
+    def load(cls, folder: Path, process: tuple[int, int], device: torch.device, **parts: int | bool) -> Self:
         """The part of process (index, count) of what was written by as many processes, or by another number of them.
 
-        Raises FileNotFoundError when a part is missing.
+        ``parts``: micro_batches, per_update and keep_one as they are now. Raises FileNotFoundError when a process's part is
+        missing.
         """
         rows, rest = _read_part(folder, process)
         live = rows.pop("live")
         rows = {name: value.to(device) for name, value in rows.items()}
-        return cls._made(rows, rest | {"live": live, "micro_batches": micro_batches, "keep_one": keep_one})
+        return cls._made(rows, rest | {"live": live} | parts)
 
     def _rows(self) -> dict[str, Tensor]:
         """What is kept of each image, or of each of its copies, by name: (N, ...) or (copies * N, ...)."""

@@ -123,9 +123,16 @@ class GroupTrainer(FlowTrainer):
 
     def load_buffer(self, folder: Path) -> Any:
         """Read what :meth:`save_buffer` wrote, on as many processes or on others."""
-        args = self.args
-        process, parts = (args.process_index, args.world_size), args.micro_batches_per_pass(args.world_size)
-        return self.buffer_type.load(folder, process, parts, self.in_step, self.accelerator.device)
+        process = (self.args.process_index, self.args.world_size)
+        return self.buffer_type.load(folder, process, self.accelerator.device, **self.parts())
+
+    def parts(self) -> dict[str, Any]:
+        """How a buffer of single images is dealt out on this process, as it takes it."""
+        return {
+            "micro_batches": self.args.micro_batches_per_pass(self.args.world_size),
+            "per_update": self.args.gradient_accumulation_steps,
+            "keep_one": self.in_step,
+        }
 
     # -- prompts: each rollout's rows are handed out again for every micro-batch taken from it ----------------------
 

@@ -81,9 +81,8 @@ class GRPOTrainer(GroupTrainer):
             sampler=result.sampler,
             starts=[first_alike(i, args.num_generations, args.num_prefixes) for i in range(len(rewards))],
             update=update,
-            micro_batches=args.micro_batches_per_pass(args.world_size),
             seed=args.seed,
-            keep_one=self.in_step,
+            **self.parts(),
         )
         if not self._consistent:
             self._check_consistency(buffer)

@@ -188,9 +188,8 @@ class NFTTrainer(GroupTrainer):
                 live=group.live,
                 first=first,
                 update=update,
-                micro_batches=args.micro_batches_per_pass(args.world_size),
                 seed=args.seed,
-                keep_one=self.in_step,
+                **self.parts(),
             )
             if args.remembers or not args.one_update(args.world_size):
                 with self.metrics.timed("rollout"):

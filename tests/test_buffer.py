@@ -1,6 +1,7 @@
 """The transitions of one rollout, dealt out in micro-batches."""
 
 from collections import Counter
+from itertools import chain
 
 import pytest
 import torch
@@ -18,9 +19,12 @@ SAMPLER = StochasticSampler(0.7, sigma_max=0.9)
 #: Images that carry gradient; the others belong to dead groups.
 SOME = (True, False, True, True, False, True)
 
+CPU = torch.device("cpu")
+PARTS = {"micro_batches": 3, "per_update": 1, "keep_one": False}
+
 
 def buffer(
-    live=SOME, micro_batches=3, seed=5, keep_one=False, sampler=SAMPLER, update=7, of=(0, 1), starts=None
+    live=SOME, micro_batches=3, per_update=1, seed=5, keep_one=False, sampler=SAMPLER, update=7, of=(0, 1), starts=None
 ) -> TransitionBuffer:
     """A rollout of random latents; each row can be told by its first entry, position of the step * 10 + image.
 
@@ -46,6 +50,7 @@ def buffer(
         starts=starts,
         update=update,
         micro_batches=micro_batches,
+        per_update=per_update,
         seed=seed,
         keep_one=keep_one,
     )
@@ -146,6 +151,25 @@ def test_an_update_is_made_of_the_same_rows_whatever_the_number_of_processes(liv
     assert sum(source.micro_batch(0).nominal_size for source in shared) == alone.micro_batch(0).nominal_size * processes
 
 
+@pytest.mark.parametrize("live", PATTERNS)
+@pytest.mark.parametrize(("updates", "per_update"), [(1, 3), (2, 3), (3, 1)])
+@pytest.mark.parametrize("starts", [None, [0, 0, 0, 3, 3, 3]])
+def test_a_process_spreads_its_rows_of_an_update_over_its_parts(live, updates, per_update, starts):
+    sizes, parts = [], updates * per_update
+    shared = [buffer(live, parts, per_update, of=(n, 2), starts=starts) for n in range(2)]
+    alone = buffer(live, parts, per_update, starts=starts)
+    for update in range(updates):
+        mine = slice(update * per_update, (update + 1) * per_update)
+        one, two = (dealt(source, 0)[mine] for source in shared)
+        assert sorted(chain(*one, *two)) == sorted(chain(*dealt(alone, 0)[mine]))
+        for own in (one, two):
+            count = [len(part) for part in own]
+            assert max(count) - min(count) <= 1
+            sizes += count
+    if updates == 1:  # 3 images x 3 steps on each process: never more than the batch size that the parts come from
+        assert max(sizes) <= 3
+
+
 def test_a_micro_batch_can_be_asked_for_again_and_in_any_order():
     source = buffer()
     forwards = [source.micro_batch(part) for part in range(6)]
@@ -229,7 +253,9 @@ def test_every_row_can_be_dealt_live_or_not():
 def test_saving_and_loading_goes_on_identically(tmp_path, sampler, keep_one):
     source = buffer(keep_one=keep_one, sampler=sampler, micro_batches=4, starts=[0, 0, 2, 3, 4, 3])
     source.save(tmp_path, (0, 1))
-    loaded = TransitionBuffer.load(tmp_path, (0, 1), 4, keep_one, torch.device("cpu:0"))  # as launchers say it
+    loaded = TransitionBuffer.load(
+        tmp_path, (0, 1), torch.device("cpu:0"), micro_batches=4, per_update=1, keep_one=keep_one
+    )  # as launchers say it
     for name, value in vars(source.transitions).items():
         stored = getattr(loaded.transitions, name)
         assert stored.dtype == value.dtype and torch.equal(stored, value), name
@@ -255,7 +281,7 @@ def test_another_number_of_processes_goes_on_with_the_same_rows(tmp_path, before
     for part in range(before):
         buffer(of=(part, before), micro_batches=3, starts=starts).save(tmp_path, (part, before))
     for index in range(after):
-        loaded = TransitionBuffer.load(tmp_path, (index, after), 6, True, torch.device("cpu"))
+        loaded = TransitionBuffer.load(tmp_path, (index, after), CPU, micro_batches=6, per_update=1, keep_one=True)
         expected = buffer(of=(index, after), micro_batches=6, keep_one=True, starts=starts)
         assert loaded.first == expected.first and loaded.prompts == expected.prompts
         assert all(same(loaded.micro_batch(part), expected.micro_batch(part)) for part in range(12))
@@ -265,10 +291,10 @@ def test_a_missing_part_is_named(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"rollout-0-of-2.safetensors is missing: .* in the middle of a rollout"
     ):
-        TransitionBuffer.load(tmp_path, (0, 2), 3, True, torch.device("cpu"))
+        TransitionBuffer.load(tmp_path, (0, 2), CPU, **PARTS)
     buffer(of=(0, 2)).save(tmp_path, (0, 2))
     with pytest.raises(FileNotFoundError, match=r"rollout-1-of-2.safetensors"):
-        TransitionBuffer.load(tmp_path, (0, 1), 3, True, torch.device("cpu"))
+        TransitionBuffer.load(tmp_path, (0, 1), CPU, **PARTS)
 
 
 # --- Images at noise levels ---
@@ -287,7 +313,7 @@ def points(live=SOME, of=(0, 1), old=True, **others) -> PointBuffer:
         prompts=[f"prompt {image}" for image in mine.tolist()],
         live=torch.tensor(live),
         first=int(mine[0]),
-        **{"update": 7, "micro_batches": 3, "seed": 5, "keep_one": False} | others,
+        **PARTS | {"update": 7, "seed": 5} | others,
     )
 
 
@@ -327,7 +353,7 @@ def test_an_empty_part_of_the_points_is_empty_or_one_row_of_weight_nothing():
 def test_points_go_on_identically_from_a_checkpoint(tmp_path, old):
     source = points(old=old)
     source.save(tmp_path, (0, 1))
-    loaded = PointBuffer.load(tmp_path, (0, 1), 3, False, torch.device("cpu:0"))
+    loaded = PointBuffer.load(tmp_path, (0, 1), torch.device("cpu:0"), **PARTS)
     for part in range(6):
         one, other = source.micro_batch(part), loaded.micro_batch(part)
         assert one.images == other.images and one.nominal_size == other.nominal_size
@@ -340,7 +366,7 @@ def test_points_of_other_processes_are_dealt_anew(tmp_path):
     for part in range(2):
         points(of=(part, 2)).save(tmp_path, (part, 2))
     for index in range(3):
-        loaded = PointBuffer.load(tmp_path, (index, 3), 3, False, torch.device("cpu"))
+        loaded = PointBuffer.load(tmp_path, (index, 3), CPU, **PARTS)
         expected = points(of=(index, 3))
         for part in range(3):
             one, other = loaded.micro_batch(part), expected.micro_batch(part)
