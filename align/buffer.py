@@ -65,9 +65,11 @@ class RolloutBuffer:
         """(copy, image, weight) of the rows of part ``index``; each pass deals the live rows in another order.
 
         The order is drawn over all processes' rows, and each takes its own of an update: that is the same whatever the
-        number of processes. What it has there it spreads evenly over its parts, so that none is much larger than the
-        batch size says; where a pass makes one update, none is larger at all. ``dead_too`` deals every row. ``starts``: (all images,) the first image that has the same
-        first copy; such copies are dealt one after the other. A weight is 0 for a row that only keeps processes in step.
+        number of processes. What it has there it spreads evenly over its parts: where a pass makes one update,
+        none is larger than the batch size; where it makes several, at most as many times as there are updates, should
+        all its rows fall into one. ``dead_too`` deals every row. ``starts``: (all images,) the first image that has the
+        same first copy; such copies are dealt one after the other. A weight is 0 for a row that only keeps processes in
+        step.
         """
         number, part = divmod(index, self.micro_batches)
         images = len(self.prompts)

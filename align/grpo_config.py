@@ -40,7 +40,8 @@ class GRPOConfig(AdvantageConfig):
     num_prefixes: int | None = setting(
         None,
         "Different initial noises in a group. Images that have one in common are the same up to the window's first noise: "
-        "to there every velocity is computed once for all of them, the trained one included. Default: one for each image.",
+        "to there every velocity is computed once for all of them, the trained one once a micro-batch. Default: one for "
+        "each image.",
     )
     num_trained: int | None = setting(
         None, "Images of a group that are trained: half of them its best, half its worst. Default: all."

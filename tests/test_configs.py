@@ -77,6 +77,25 @@ def test_nft_config_finds_its_data_and_its_sums_come_out(path):
         model.check(args.height, args.width)
 
 
+RECIPES = yaml.safe_load((ROOT / "tests/bench/recipes.yaml").read_text())
+
+
+@pytest.mark.parametrize(("task", "name"), [(task, name) for task in RECIPES for name in RECIPES[task]["recipes"]])
+def test_recipe_of_the_benchmark_overrides_its_config_and_its_sums_come_out(tmp_path, task, name):
+    task, recipe = RECIPES[task], RECIPES[task]["recipes"][name]
+    shipped = yaml.safe_load((ROOT / recipe.get("config", task["config"])).read_text())
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(shipped | task["settings"] | recipe.get("settings", {})))
+    config_type = NFTConfig if recipe.get("script") == "align/nft.py" else GRPOConfig
+    data, _, args = parse((DataArguments, ModelArguments, config_type), ["--config", str(path)])
+    rewards, (train, held_out, guards) = load_rewards(data.rewards), data.load()
+    check_data(rewards, args, train, held_out, guards)
+    args.check_world(1)
+    measures = {reward.name for reward in rewards}
+    assert set(task["targets"]) <= measures
+    assert set(task["guards"]) <= measures | {"diversity"} | {f"full_{name}" for name in measures if guards}
+
+
 def identify(path: Path) -> str:
     return f"{path.parent.name}-{path.stem}"
 

@@ -46,6 +46,7 @@ def test_the_demo_aligns_the_model_and_stock_diffusers_gives_the_improved_reward
     log = json.loads((tmp_path / "run/trainer_state.json").read_text())["log_history"]
     first, last = (next(e for e in entries if "eval_reward" in e) for entries in (log, reversed(log)))
     assert last["eval_warm_background"] - first["eval_warm_background"] >= 0.40
+    assert last["eval_warm_if_followed"] >= 0.8
     for guard in ("eval_shapes_following", "eval_full_shapes_following"):
         assert last[guard] - first[guard] >= -0.05
     assert next(e["ratio_deviation_at_start"] for e in log if "ratio_deviation_at_start" in e) < 1e-5

@@ -2,10 +2,10 @@
 
     python tests/bench/memory_sum.py --gpus 1 8 64 --gib 80
 
-GiB of a GPU: weights + gradients + optimizer + activations, for the micro-batch of configs/qwen_image/grpo_lora.yaml: 4
-images of 512 x 512 (1024 tokens, and 128 of text), twice for guidance, activations checkpointed. AdamW; LoRA of rank 32
-on weights in bfloat16, full in float32 computed in bfloat16; text encoder and VAE offloaded. Bold fits: with 6 GiB left
-for what is not counted (buffers, CUDA's own, fragments), and text encoder and VAE on it while nothing is trained.
+GiB of a GPU: weights + gradients + optimizer + activations, for a micro-batch of 4 images of 512 x 512 (1024 tokens, and
+128 of text), twice for guidance (without, activations are half), checkpointed. AdamW; LoRA of rank 32 on weights in
+bfloat16, full in float32 computed in bfloat16; text encoder and VAE offloaded. Bold fits: with 6 GiB left for what is not
+counted (buffers, CUDA's own, fragments), and text encoder and VAE on it while nothing is trained.
 """
 
 import argparse

@@ -5,8 +5,9 @@
 Every run is evaluated on the same held-out prompts and noise as it goes; its cost is the log's ``forward_equivalents``
 (a forward of one image 1, a backward 2) at the first evaluation that reaches the target, the first rollout's check of
 the ratio included and the evaluations left out. A run that never gets there costs more than all it spent. Guards are
-those of that same evaluation, or of the last one. There is a table for each target. Recipes are in
-tests/bench/recipes.yaml: each is a list of overrides of a shipped config.
+those of that same evaluation, or of the last one. There is a table for each target. ``dead`` is the share of a run's
+groups, in percent, that scored alike and were not trained. Recipes are in tests/bench/recipes.yaml: each is a list of
+overrides of a shipped config.
 """
 
 import argparse
@@ -28,7 +29,7 @@ RECIPES = Path(__file__).with_name("recipes.yaml")
 class Reached(NamedTuple):
     """Where a run first reached the target: forward-equivalents, update, and every held-out measure there.
 
-    ``reached`` is False for a run that did not: then all this is of its last evaluation.
+    ``reached`` is False for a run that did not: then all this is of its last evaluation. ``dead``: of the whole run, %.
     """
 
     reached: bool
@@ -36,18 +37,20 @@ class Reached(NamedTuple):
     update: int
     measures: dict[str, float]
     start: dict[str, float]
+    dead: float
 
 
 def run(recipe: dict[str, Any], seed: int, folder: Path) -> list[dict[str, Any]]:
     """The log of one training run, as a process of its own."""
-    command = [sys.executable, str(ROOT / recipe["script"]), "--config", str(ROOT / recipe["config"])]
-    for key, value in {**recipe["settings"], "seed": seed, "output_dir": folder, "disable_tqdm": True}.items():
-        values = value if isinstance(value, list) else [value]
-        command += [f"--{key}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
+    config = yaml.safe_load((ROOT / recipe["config"]).read_text()) | recipe["settings"]
+    config |= {"seed": seed, "output_dir": str(folder / "run"), "disable_tqdm": True}
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, str(ROOT / recipe["script"]), "--config", str(folder / "config.yaml")]
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
         raise SystemExit(f"error: {' '.join(command)}\n{ended.stderr[-2000:]}")
-    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return json.loads((folder / "run/trainer_state.json").read_text())["log_history"]
 
 
 def reached(log: list[dict[str, Any]], measure: str, target: float) -> Reached:
@@ -61,7 +64,8 @@ def reached(log: list[dict[str, Any]], measure: str, target: float) -> Reached:
     start = evaluations[0][2]
     there = next((e for e in evaluations if e[2][measure] >= target), None)
     step, spent, measures = there or evaluations[-1]
-    return Reached(there is not None, spent, step, measures, start)
+    dead = 100 * statistics.mean(entry["dead_groups"] for entry in log if "dead_groups" in entry)
+    return Reached(there is not None, spent, step, measures, start, dead)
 
 
 def spread(values: list[float], form: str) -> str:
@@ -87,6 +91,7 @@ def row(name: str, runs: list[Reached], baseline: list[Reached], measure: str, g
         spread([r.update for r in runs], ".0f"),
         least + spread([r.cost / 1000 for r in runs], ".1f"),
         ratio(runs, baseline),
+        spread([r.dead for r in runs], ".0f"),
         *changes,
     )
     return f"| {' | '.join(cells)} |"
@@ -94,7 +99,7 @@ def row(name: str, runs: list[Reached], baseline: list[Reached], measure: str, g
 
 def table(logs: dict[str, list[list[dict[str, Any]]]], measure: str, target: float, guards: list[str]) -> str:
     """How every recipe did; its guards as changes since before the run."""
-    heads = ["recipe", "reached", measure, "update", "thousand forward-equivalents", "of the first", *guards]
+    heads = ["recipe", "reached", measure, "update", "thousand forward-equivalents", "of the first", "dead", *guards]
     lines = [f"held-out {measure} of {target}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     runs = {name: [reached(log, measure, target) for log in each] for name, each in logs.items()}
     baseline = next(iter(runs.values()))
@@ -108,7 +113,6 @@ def main() -> None:
     parser.add_argument("--task", choices=sorted(known), default="preference")
     parser.add_argument("--recipes", nargs="+", help="default: all; the first is what the others are compared with")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--targets", type=float, nargs="+")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time: counts of forwards do not mind company")
     parser.add_argument("--curves", type=Path, help="write every held-out value of every run here, as JSON lines")
     args = parser.parse_args()
@@ -130,17 +134,15 @@ def main() -> None:
         jobs = [(seed, name) for seed in args.seeds for name in names]
         for (seed, name), log in zip(jobs, pool.map(one, jobs), strict=True):
             logs[name].append(log)
-            print(
-                f"{name}, seed {seed}: {reached(log, task['measure'], task['targets'][-1])}",
-                file=sys.stderr,
-                flush=True,
-            )
+            last = reached(log, next(iter(task["targets"])), float("inf"))
+            print(f"{name}, seed {seed}: {last.cost:.0f} {last.measures}", file=sys.stderr, flush=True)
             if args.curves:
                 with args.curves.open("a") as file:
                     file.write(json.dumps({"recipe": name, "seed": seed, "log": log}) + "\n")
     print(f"seeds {args.seeds}")
-    for target in args.targets or task["targets"]:
-        print("\n" + table(logs, task["measure"], target, task["guards"]))
+    for measure, targets in task["targets"].items():
+        for target in targets:
+            print("\n" + table(logs, measure, target, task["guards"]))
 
 
 if __name__ == "__main__":
