@@ -153,10 +153,12 @@ def test_a_number_beyond_all_floats_is_no_score():
 
 
 HANGS = """
-import sys, time
+import signal, sys, time
 from PIL import Image
 from align.scoring import Scoring
 from rewards import load_rewards
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 def hangs(images, prompts):
     print("called", flush=True)
