@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from align.flow import guided_velocity
 from align.models.loading import describe_transformer, digest_adapter, nearest, resolve_folder
+from align.models.vae import speed_up_images
 from preference_data.cache import TensorCache, cache_key
 
 #: Linear layers of the joint attention, image and text streams: what Qwen-Image LoRAs usually adapt.
@@ -54,7 +55,7 @@ class QwenImage:
     """A ``QwenImagePipeline`` as a :class:`~align.models.base.FlowModel`.
 
     Args:
-        pipeline: a loaded pipeline. Its VAE and text encoder are frozen.
+        pipeline: a loaded pipeline. Its VAE and text encoder are frozen, the VAE's decoder sped up for single images.
         offload: keep the VAE and the text encoder on the CPU and bring each to ``device`` only while it works.
     """
 
@@ -73,6 +74,7 @@ class QwenImage:
         self._described = {"name": "a pipeline"} | {k: v for k, v in self.transformer.config.items() if k[0] != "_"}
         for module in (pipeline.vae, pipeline.text_encoder, self.transformer):
             module.eval().requires_grad_(False)
+        speed_up_images(pipeline.vae.decoder)  # not the encoder: an image is encoded once, and then to the last digit
 
     @classmethod
     def from_pretrained(
