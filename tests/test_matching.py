@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -126,6 +127,13 @@ def test_a_full_cache_needs_neither_vae_nor_text_encoder(tmp_path, monkeypatch):
     monkeypatch.setattr(QwenImage, "encode_images", unused)
     monkeypatch.setattr(QwenImagePipeline, "encode_prompt", unused)
     sft(tmp_path).train()
+
+
+def test_a_model_keeps_its_cache_wherever_its_folder_lies(tmp_path):
+    shutil.copytree(CHECKPOINT, tmp_path / "moved")
+    model, moved = QwenImage.from_pretrained("tiny"), QwenImage.from_pretrained(tmp_path / "moved")
+    for part in ("vae", "text_encoder"):
+        assert model.fingerprint(part) == moved.fingerprint(part)
 
 
 def test_a_cache_of_another_model_is_not_used(tmp_path):

@@ -6,6 +6,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
+from torch import nn
+
 from align.tiny import CHECKPOINT
 
 #: Names that travel with the package.
@@ -115,3 +118,14 @@ def digest_adapter(folder: str | Path) -> str:
     for file in sorted(Path(folder).glob("*.safetensors")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def digest_module(module: nn.Module, about: list[Any]) -> str:
+    """What tells a part of a model from another: a digest of all its weights, and of what else is said ``about`` it."""
+    digest = hashlib.sha256()
+    for said in about:
+        digest.update(json.dumps(said, default=str, sort_keys=True).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

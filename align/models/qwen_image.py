@@ -1,9 +1,6 @@
 """Qwen-Image on diffusers' and transformers' own classes; nothing of the model is written again here."""
 
 import copy
-import hashlib
-import json
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,19 +13,17 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.tuners_utils import check_target_module_exists
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from align.flow import guided_velocity
-from align.models.loading import describe_transformer, digest_adapter, nearest, resolve_folder
+from align.models.loading import describe_transformer, digest_adapter, digest_module, resolve_folder
+from align.models.lora import match_targets
 from align.models.vae import speed_up_images
 from preference_data.cache import TensorCache, cache_key
 
-#: Linear layers of the joint attention, image and text streams: what Qwen-Image LoRAs usually adapt.
-ATTENTION_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 #: As stock sampling cuts it.
 MAX_TEXT_TOKENS = 512
 #: Encoded prompts kept for another time, oldest dropped first: at Qwen-Image's width about a megabyte each.
@@ -135,23 +130,12 @@ class QwenImage:
 
     def fingerprint(self, part: str) -> str:
         if part not in self._fingerprints:
-            module, digest = getattr(self.pipeline, part), hashlib.sha256()
-            digest.update(
-                json.dumps(
-                    dict(module.config.to_dict() if part == "text_encoder" else module.config),
-                    default=str,
-                    sort_keys=True,
-                ).encode()
-            )
+            module = getattr(self.pipeline, part)
+            settings = module.config.to_dict() if part == "text_encoder" else dict(module.config)
+            about: list[Any] = [{k: v for k, v in settings.items() if k != "_name_or_path"}]  # wherever its folder lies
             if part == "text_encoder":  # what it is given is decided by these
-                tokenizer = self.pipeline.tokenizer
-                digest.update(
-                    json.dumps([tokenizer.get_vocab(), self.pipeline.prompt_template_encode], sort_keys=True).encode()
-                )
-            for name, tensor in sorted(module.state_dict().items()):
-                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-            self._fingerprints[part] = digest.hexdigest()
+                about.append([self.pipeline.tokenizer.get_vocab(), self.pipeline.prompt_template_encode])
+            self._fingerprints[part] = digest_module(module, about)
         return self._fingerprints[part]
 
     def identity(self) -> dict[str, dict[str, Any]]:
@@ -283,18 +267,7 @@ class QwenImage:
     def add_lora(self, config: LoraConfig) -> list[str]:
         names = [name for name, module in self.transformer.named_modules() if isinstance(module, nn.Linear)]
         config = copy.deepcopy(config)
-        if config.target_modules is None:
-            config.target_modules = set(ATTENTION_TARGETS)
-        if isinstance(config.target_modules, (list, set)):
-            for target in config.target_modules:
-                if not any(n == target or n.endswith("." + target) for n in names):
-                    suffixes = {re.sub(r"^transformer_blocks\.\d+\.(attn\.)?", "", n) for n in names}
-                    raise ValueError(
-                        f"LoRA target {target!r} matches no linear layer of the transformer.{nearest(target, suffixes)}"
-                    )
-        matched = [n for n in names if config.target_modules == "all-linear" or check_target_module_exists(config, n)]
-        if not matched:
-            raise ValueError(f"LoRA targets {config.target_modules!r} match no linear layer of the transformer")
+        matched = match_targets(config, names)
         dead = [n for n in matched if self._is_dead(n)]
         if len(dead) == len(matched):
             raise ValueError(
