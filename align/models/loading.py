@@ -1,4 +1,4 @@
-"""Find a model's folder and say early, before anything is loaded, what is missing from it."""
+"""Find a model's folder, say early, before anything is loaded, what is missing from it, and tell models apart."""
 
 import hashlib
 import json

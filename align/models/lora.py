@@ -12,7 +12,9 @@ ATTENTION_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_pr
 
 
 def match_targets(config: LoraConfig, linear: list[str]) -> list[str]:
-    """Full names of the ``linear`` layers that ``config.target_modules`` matches, of the attention if it says none.
+    """Full names of the ``linear`` layers that ``config.target_modules`` matches.
+
+    Where it says none, it is set to those of the attention.
 
     Raises:
         ValueError: where a target, or all of them together, match no layer; it names the nearest.

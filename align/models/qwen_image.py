@@ -69,7 +69,7 @@ class QwenImage:
         self._described = {"name": "a pipeline"} | {k: v for k, v in self.transformer.config.items() if k[0] != "_"}
         for module in (pipeline.vae, pipeline.text_encoder, self.transformer):
             module.eval().requires_grad_(False)
-        speed_up_images(pipeline.vae.decoder)  # not the encoder: an image is encoded once, and then to the last digit
+        speed_up_images(pipeline.vae.decoder)  # the encoder's work is cached, and stays stock diffusers' to the digit
 
     @classmethod
     def from_pretrained(
@@ -132,7 +132,7 @@ class QwenImage:
         if part not in self._fingerprints:
             module = getattr(self.pipeline, part)
             settings = module.config.to_dict() if part == "text_encoder" else dict(module.config)
-            about: list[Any] = [{k: v for k, v in settings.items() if k != "_name_or_path"}]  # wherever its folder lies
+            about: list[Any] = [{k: v for k, v in settings.items() if k[0] != "_"}]  # not where its folder lies
             if part == "text_encoder":  # what it is given is decided by these
                 about.append([self.pipeline.tokenizer.get_vocab(), self.pipeline.prompt_template_encode])
             self._fingerprints[part] = digest_module(module, about)

@@ -23,7 +23,7 @@ class SingleFrameConv3d(QwenImageCausalConv3d):
 
 
 def speed_up_images(part: nn.Module) -> None:
-    """Let a VAE, its encoder or its decoder pass single images several times as fast (tests/bench/vae.py).
+    """Let a VAE, its encoder or its decoder pass single images two to five times as fast (tests/bench/vae.py).
 
     Changes the class of its convolutions in place: weights, their names and what several frames give stay as they were.
     """
