@@ -112,7 +112,10 @@ def test_what_a_group_has_in_common_is_computed_once_on_two_processes_too(folder
     one = scaled.train(folder, "grpo", None, f"grpo-prefix-{launcher}-one", "--num_prefixes", "2")
     two = scaled.train(folder, "grpo", launcher, f"grpo-prefix-{launcher}", "--num_prefixes", "2")
     check_equal(one, two)
-    assert one.logged("forward_equivalents") == two.logged("forward_equivalents")
+    # An update's two parts may end within what images have in common, on each of two processes at a place of its own: what
+    # is cut there is computed once more (forward 1, backward 2, reference 1). With nothing in common it were 16 an update.
+    costs = zip(one.logged("forward_equivalents"), two.logged("forward_equivalents"), strict=True)
+    assert all(-4 <= cost_two - cost <= 2 * 4 for cost, cost_two in costs)
     check_resumed(two, scaled.resume(folder, "grpo", launcher, two, "--num_prefixes", "2"))
 
 
@@ -126,10 +129,12 @@ BFLOAT16 = ("--dtype", "bfloat16", "--bf16", "true", "--use_cpu", "true")
 def test_bfloat16_is_trained_alike_resumes_exactly_and_exports(folder, algorithm, launcher):
     one = scaled.train(folder, algorithm, None, f"{algorithm}-{launcher}-bf16-one", *BFLOAT16)
     two = scaled.train(folder, algorithm, launcher, f"{algorithm}-{launcher}-bf16", *BFLOAT16)
-    assert two.logged("loss") == pytest.approx(one.logged("loss"), rel=2e-2, abs=2e-5)
+    # GRPO's is a sum of advantages that cancel, times ratios near 1: what is left is of the order of their rounding.
+    assert two.logged("loss") == pytest.approx(one.logged("loss"), rel=2e-2, abs=1e-4)
     assert two.logged("grad_norm") == pytest.approx(one.logged("grad_norm"), rel=2e-2)
     if algorithm == "grpo":
         assert two.log[0]["ratio_deviation_at_start"] < two.log[0]["ratio_tolerance"] / 10
+        assert two.log[0]["reward"] == pytest.approx(one.log[0]["reward"], rel=5e-3)
     moved = scaled.largest_difference(one.trained(1), one.trained(scaled.UPDATES))
     assert scaled.largest_difference(single(one.lora), single(two.lora)) < moved / 5
     check_export(two)
