@@ -187,7 +187,7 @@ def test_a_service_that_loads_is_waited_for(tmp_path, loading):
     seconds = 1.5 if loading else 0
     config.write_text(f"rewards: [{{use: '{ODD}:Making', args: {{scale: 2, load_seconds: {seconds}}}}}]\n")
     service = Service("--config", str(config), wait=not loading)
-    there = remote(service.url, "Making")
+    there = remote(service.url, "Making", retries=100)  # a busy machine starts it slowly
     assert there.required == ("target",) and scores(there, target=[1, 2, 3, 4, 5])[0] == [2.0, 4.0, 6.0, 8.0, 10.0]
     service.end()
 
