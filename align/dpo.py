@@ -22,14 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.data_arguments import PreferenceDataArguments
-from align.evaluation import standard_error
-from align.flow_config import FlowConfig, setting
-from align.launch import run_on_images
-from align.losses import DPOLoss, DPOLossType, dpo_loss
-from align.matching import Drawn, MatchingBatch, MatchingConfig, MatchingTrainer, matching_errors
-from align.metrics import RunMetrics
-from align.trainer import FlowTrainer
+from align.cli.data import PreferenceDataArguments
+from align.cli.launch import run_on_images
+from align.engine.matching import MatchingBatch, matching_errors
+from align.engine.metrics import RunMetrics
+from align.engine.settings import FlowConfig, setting
+from align.engine.trainer import FlowTrainer
+from align.maths.losses import DPOLoss, DPOLossType, dpo_loss
+from align.offline.examples import Drawn, draw_batch
+from align.offline.settings import MatchingConfig
+from align.offline.trainer import MatchingTrainer
+from align.sampling.held_out import standard_error
 from preference_data.images import ImageSource
 from preference_data.schemas import Pair
 
@@ -116,12 +119,12 @@ class DPOTrainer(MatchingTrainer):
     """Direct preference optimisation on pairs of images.
 
     Args:
-        model: what is trained, see :class:`align.models.base.FlowModel`, or the name of a Qwen-Image. Its present
+        model: what is trained, see :class:`align.models.contract.FlowModel`, or the name of a Qwen-Image. Its present
             weights, an adapter already loaded included, are the reference.
         args: see :class:`DPOConfig`.
         train_dataset: pairs, as ``preference_data.pairs.build_pairs`` gives them.
         eval_dataset: the same, held out; logged as ``eval_loss`` and ``eval_accuracy``.
-        rewards, eval_prompts, guard_datasets: samples during training, see :class:`align.trainer.FlowTrainer`.
+        rewards, eval_prompts, guard_datasets: samples during training, see :class:`align.engine.trainer.FlowTrainer`.
         peft_config: train this adapter; without it the whole transformer (or the adapter already loaded).
         on_bad_row: ``error`` or ``skip``, for an image that cannot be decoded.
 
@@ -141,7 +144,7 @@ class DPOTrainer(MatchingTrainer):
 
     def _prepare_inputs(self, inputs: Sequence[Drawn]) -> MatchingBatch:
         with self.metrics.timed("data"):
-            return MatchingBatch.draw(inputs, self.store, self.args, self.accelerator.device)
+            return draw_batch(inputs, self.store, self.args, self.accelerator.device)
 
     def compute_loss(
         self,

@@ -31,16 +31,16 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from align.advantages import best_worst
-from align.buffer import PairBatch, PairBuffer
-from align.data_arguments import DataArguments
+from align.cli.data import DataArguments
+from align.cli.launch import run_on_groups
 from align.dpo import DPOSettings, dpo_errors, dpo_objective
-from align.flow_config import setting
-from align.group_config import GroupConfig
-from align.groups import GroupTrainer
-from align.launch import run_on_groups
-from align.matching import MatchingBatch, NoiseLevels
-from align.rollout import seeded_generator, seeded_noise
+from align.engine.matching import MatchingBatch, NoiseLevels
+from align.engine.settings import setting
+from align.maths.advantages import best_worst
+from align.online.buffers import PairBatch, PairBuffer
+from align.online.settings import GroupConfig
+from align.online.trainer import GroupTrainer
+from align.sampling.noise import seeded_generator, seeded_noise
 from preference_data.buckets import Bucket
 
 #: In a checkpoint: what is left of a rollout.
@@ -91,7 +91,7 @@ class OnlineDPOTrainer(GroupTrainer):
 
     Args:
         model: the policy; its present weights, an adapter already loaded included, are the reference.
-        args: see :class:`OnlineDPOConfig`. All others, and what is raised: see :class:`align.groups.GroupTrainer`.
+        args: see :class:`OnlineDPOConfig`. All others, and what is raised: see :class:`align.online.trainer.GroupTrainer`.
     """
 
     args: OnlineDPOConfig

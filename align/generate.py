@@ -20,15 +20,15 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from align.arguments import ModelArguments, parse, plain_errors, resolve_dataset
-from align.evaluation import check_columns
-from align.flow_config import setting
-from align.launch import load_model
-from align.models.base import FlowModel
-from align.ranking import extra_columns, write_groups
-from align.rollout import ImageKey, SamplingPlan, rollout
-from align.scoring import Failure, Scoring
-from align.signals import Interrupt
+from align.cli.arguments import ModelArguments, parse, plain_errors, resolve_dataset
+from align.cli.launch import load_model
+from align.engine.settings import setting
+from align.engine.signals import Interrupt
+from align.models.contract import FlowModel
+from align.sampling.held_out import check_columns
+from align.sampling.ranked import extra_columns, write_groups
+from align.sampling.rollout import ImageKey, SamplingPlan, rollout
+from align.sampling.scorer import Failure, Scoring
 from preference_data.prompts import load_prompts
 from preference_data.writer import RankedWriter
 from rewards import Reward, RewardError, load_rewards

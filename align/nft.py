@@ -38,17 +38,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from align.buffer import PointBatch, PointBuffer
-from align.callbacks import HeldWeights
-from align.data_arguments import DataArguments
-from align.flow import Solver, add_noise, velocity_target
-from align.flow_config import setting
-from align.group_config import AdvantageConfig
-from align.groups import GroupTrainer
-from align.launch import run_on_groups
-from align.losses import flow_matching_loss, nft_loss
-from align.matching import NoiseLevels
-from align.rollout import SamplingPlan, seeded_generator, seeded_noise, velocity_fn
+from align.cli.data import DataArguments
+from align.cli.launch import run_on_groups
+from align.engine.matching import NoiseLevels
+from align.engine.settings import setting
+from align.engine.weights import HeldWeights
+from align.maths.flow import Solver, add_noise, velocity_target
+from align.maths.losses import flow_matching_loss, nft_loss
+from align.online.buffers import PointBatch, PointBuffer
+from align.online.settings import AdvantageConfig
+from align.online.trainer import GroupTrainer
+from align.sampling.noise import seeded_generator, seeded_noise
+from align.sampling.rollout import SamplingPlan, velocity_fn
 from preference_data.buckets import Bucket
 
 TrainSigmas = Literal["schedule", "logit_normal"]
@@ -156,7 +157,7 @@ class NFTTrainer(GroupTrainer):
     """Online reinforcement of a flow model on its forward process.
 
     Args:
-        args: see :class:`NFTConfig`. All others, and what is raised: see :class:`align.groups.GroupTrainer`.
+        args: see :class:`NFTConfig`. All others, and what is raised: see :class:`align.online.trainer.GroupTrainer`.
     """
 
     args: NFTConfig

@@ -19,11 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.data_arguments import CaptionedDataArguments
-from align.evaluation import standard_error
-from align.flow_config import setting
-from align.launch import run_on_images
-from align.matching import Drawn, MatchingBatch, MatchingConfig, MatchingTrainer, matching_errors
+from align.cli.data import CaptionedDataArguments
+from align.cli.launch import run_on_images
+from align.engine.matching import MatchingBatch, matching_errors
+from align.engine.settings import setting
+from align.offline.examples import Drawn, draw_batch
+from align.offline.settings import MatchingConfig
+from align.offline.trainer import MatchingTrainer
+from align.sampling.held_out import standard_error
 from preference_data.images import ImageSource
 from preference_data.schemas import CaptionedImage
 
@@ -45,11 +48,11 @@ class SFTTrainer(MatchingTrainer):
     """Flow matching on captioned images.
 
     Args:
-        model: what is trained, see :class:`align.models.base.FlowModel`, or the name of a Qwen-Image.
+        model: what is trained, see :class:`align.models.contract.FlowModel`, or the name of a Qwen-Image.
         args: see :class:`SFTConfig`.
         train_dataset: captioned images, as ``preference_data.readers.read_captioned`` gives them.
         eval_dataset: the same, held out; logged as ``eval_loss`` with its standard error, and by noise level.
-        rewards, eval_prompts, guard_datasets: samples during training, see :class:`align.trainer.FlowTrainer`.
+        rewards, eval_prompts, guard_datasets: samples during training, see :class:`align.engine.trainer.FlowTrainer`.
         peft_config: train this adapter; without it the whole transformer (or the adapter already loaded).
         on_bad_row: ``error`` or ``skip``, for an image that cannot be decoded.
 
@@ -65,9 +68,7 @@ class SFTTrainer(MatchingTrainer):
 
     def _prepare_inputs(self, inputs: Sequence[Drawn]) -> MatchingBatch:
         with self.metrics.timed("data"):
-            return MatchingBatch.draw(
-                inputs, self.store, self.args, self.accelerator.device, drop=self.args.caption_dropout
-            )
+            return draw_batch(inputs, self.store, self.args, self.accelerator.device, drop=self.args.caption_dropout)
 
     def compute_loss(
         self,

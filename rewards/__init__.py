@@ -5,8 +5,9 @@ callable asks for by name, each a list of the same length. None (or NaN) means *
 as 0. The callable may be ``async``. This package never imports ``align``.
 """
 
-from rewards.registry import Reward, load_rewards
-from rewards.scoring import RewardError, RewardFailed, RewardUnavailable, score
+from rewards.calling import score
+from rewards.contract import Reward, RewardError, RewardFailed, RewardUnavailable
+from rewards.registry import load_rewards
 from rewards.table import BUILTINS
 
 __all__ = ["BUILTINS", "Reward", "RewardError", "RewardFailed", "RewardUnavailable", "load_rewards", "score"]

@@ -18,8 +18,9 @@ from typing import Any
 
 from PIL import Image
 
+from rewards.calling import score
+from rewards.contract import RewardError
 from rewards.registry import load_rewards, read_rewards
-from rewards.scoring import RewardError, score
 from rewards.table import BUILTINS, Builtin
 
 

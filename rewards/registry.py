@@ -8,84 +8,21 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rewards.contract import GIVEN, Reward
 from rewards.hints import nearest
 from rewards.table import BUILTINS
-from rewards.weights import CategoryWeights, Weight, parse_weight
+from rewards.weights import Weight, parse_weight
 
 _KEYS = ("use", "weight", "args", "name", "environment", "endpoints", "timeout", "retries", "images_per_request")
 #: Seconds that a call may take, and how often it is tried again, where a reward runs elsewhere and nothing is said.
 #: With the client's pauses 8 tries take a minute and a half: a service that is restarted loads its models again.
 TIMEOUT, ENVIRONMENT_RETRIES, ENDPOINT_RETRIES = 300.0, 2, 8
-_GIVEN = ("images", "prompts")
 #: The weighted sum of all rewards is logged under this name.
 TOTAL = "reward"
-
-
-@dataclass(frozen=True)
-class Reward:
-    """A reward ready to be called.
-
-    name: under which it is logged. function: the callable. weight: its share in the sum, one number
-    or one for each category; with 0 it is only measured.
-    columns: data columns it takes by name; ``None`` when it takes every column (``**columns``).
-    required: those of them without a default.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    weight: Weight
-    columns: tuple[str, ...] | None
-    required: tuple[str, ...]
-
-    def check_columns(self, available: Iterable[str]) -> None:
-        """Raise ValueError when the data lacks a column that this reward needs."""
-        available = [column for column in available if column != "prompt"]  # those come as `prompts`
-        taken = [name for name in _GIVEN if name in available]
-        if self.columns is None and taken:
-            raise ValueError(
-                f"reward {self.name!r} takes every data column, and {taken[0]!r} is an argument of its own: "
-                "rename the column"
-            )
-        for column in self.required:
-            if column not in available:
-                raise ValueError(
-                    f"reward {self.name!r} needs the data column {column!r}, which the data lacks."
-                    + nearest(column, available)
-                )
-
-        if isinstance(self.weight, CategoryWeights) and self.weight.column not in available:
-            raise ValueError(
-                f"the weight of reward {self.name!r} goes by the data column {self.weight.column!r}, which the data lacks."
-                + nearest(self.weight.column, available)
-            )
-
-    def check_weights(self, rows: Mapping[str, Iterable[Any]]) -> None:
-        """Raise ValueError, naming the row, when the data holds a category that has no weight."""
-        if isinstance(self.weight, CategoryWeights):
-            self.weight.check(self.name, rows[self.weight.column])
-
-    def check_row(self, row: Mapping[str, Any]) -> None:
-        """Raise ValueError where a value of a data row cannot be sent to where this reward runs."""
-        if hasattr(self.function, "endpoints") or hasattr(self.function, "environment"):
-            from rewards import wire
-
-            wanted = row if self.columns is None else {name: row[name] for name in self.columns if name in row}
-            wire.check_columns({name: [value] for name, value in wanted.items() if name != "prompt"})
-
-    def weight_of(self, row: Mapping[str, Any]) -> float:
-        """This reward's share in the sum for one data row."""
-        weight = self.weight
-        return weight.of(row[weight.column]) if isinstance(weight, CategoryWeights) else weight
-
-    def close(self) -> None:
-        """Let go of what the reward holds (a worker process, connections), if its callable has a ``close``."""
-        close = getattr(self.function, "close", None)
-        if callable(close):
-            close()
 
 
 Spec = str | Mapping[str, Any] | Callable[..., Any] | Reward
@@ -98,7 +35,7 @@ def load_rewards(specs: Spec | Iterable[Spec]) -> list[Reward]:
         specs: each a name, a mapping ``{use, weight, args, name}``, a callable, or a Reward; one of them may stand
             without a list. ``use`` is a built-in name, ``module:attr`` or ``file.py:attr``; with ``args`` the attr is a
             factory called with them. Further keys say where it runs: ``environment`` (a process with packages of its own,
-            `rewards.isolated`) or ``endpoints`` (a service, `rewards.client`; ``images_per_request``), ``timeout``
+            `rewards.remote.isolated`) or ``endpoints`` (a service, `rewards.remote.client`; ``images_per_request``), ``timeout``
             (seconds a call may take, in this process too) and ``retries`` of a call that was lost.
 
     Raises:
@@ -164,7 +101,7 @@ def _load(spec: Spec) -> Reward:
         name = f"{Path(module).stem.rpartition('.')[2]}_{TOTAL}"
     name = spec.get("name") or name
     if use in BUILTINS and (spec.get("args") or {}).get("backend") == "package":
-        from rewards.packages import package_spec
+        from rewards.learned.packages import package_spec
 
         made, own = package_spec(use, spec["args"]), spec.get("environment") or {}
         if not isinstance(own, Mapping):
@@ -175,7 +112,7 @@ def _load(spec: Spec) -> Reward:
     reward = _reward(name, _make(use, spec.get("args")), share)
     if "timeout" not in spec:
         return reward
-    from rewards.timed import Timed
+    from rewards.remote.timed import Timed
 
     return replace(reward, function=Timed(name, reward.function, float(spec["timeout"])))
 
@@ -233,12 +170,12 @@ def _elsewhere(name: str, spec: Mapping[str, Any], weight: Weight) -> Reward:
     timeout = float(spec.get("timeout", TIMEOUT))
     function: Any
     if "endpoints" in spec:
-        from rewards.client import Remote
+        from rewards.remote.client import Remote
 
         retries = spec.get("retries", ENDPOINT_RETRIES)
         function = Remote(spec["use"], spec["endpoints"], timeout, retries, spec.get("images_per_request"))
     else:
-        from rewards.isolated import Isolated
+        from rewards.remote.isolated import Isolated
 
         inner = {key: spec[key] for key in ("use", "args") if key in spec}
         function = Isolated(name, inner, spec["environment"], timeout, spec.get("retries", ENVIRONMENT_RETRIES))
@@ -260,7 +197,7 @@ def _reward(name: str, function: Callable[..., Any], weight: Weight) -> Reward:
         raise ValueError(f"reward {name!r} must take (images, prompts, ...), and does not say what it takes") from None
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = [p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if tuple(p.name for p in named[:2]) != _GIVEN:
+    if tuple(p.name for p in named[:2]) != GIVEN:
         raise ValueError(f"reward {name!r} must take (images, prompts, ...), found {inspect.signature(function)}")
     extra = named[2:]
     return Reward(

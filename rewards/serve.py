@@ -2,7 +2,7 @@
 
 | | |
 |---|---|
-| ``POST /score/NAME`` | a frame of `rewards.wire`, or JSON ``{"prompts": [...], "images": [base64 PNG, ...], "columns": {}}``; answers ``{"scores": [...]}``, null: not scored |
+| ``POST /score/NAME`` | a frame of `rewards.remote.wire`, or JSON ``{"prompts": [...], "images": [base64 PNG, ...], "columns": {}}``; answers ``{"scores": [...]}``, null: not scored |
 | ``GET /rewards`` | names, the columns each takes and needs, the limits, the version |
 | ``GET /health`` | 200 once all is loaded and well, 503 otherwise, and what is wrong |
 | ``GET /metrics`` | for Prometheus |
@@ -29,13 +29,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rewards import wire
 from rewards.registry import read_rewards
+from rewards.remote import wire
 
 try:
     import uvicorn
 
-    from rewards.service import Service
+    from rewards.remote.service import Service
 except ImportError as error:
     raise SystemExit(f'error: {error}. The service needs: pip install "flow-align[serve]"') from None
 

@@ -49,7 +49,7 @@ BUILTINS = {
     "jpeg_size": Builtin("rewards.simple:jpeg_size", "kilobytes as a JPEG, small or large wanted", factory=True),
     "brightness": Builtin("rewards.simple:brightness", "mean luma, 0 to 1"),
     "ocr": Builtin(
-        "rewards.ocr:Ocr",
+        "rewards.text.ocr:Ocr",
         "how much of the wanted text can be read, English and Chinese",
         factory=True,
         columns=("text?",),
@@ -57,20 +57,20 @@ BUILTINS = {
         extra="ocr",
     ),
     "geneval": Builtin(
-        "rewards.geneval:GenEval",
+        "rewards.geneval.reward:GenEval",
         "GenEval's rules: objects, counts, colours, positions (not the official detector)",
         factory=True,
         columns=("tag", "include", "exclude?"),
         checkpoints=("facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"),
     ),
     "vlm_judge": Builtin(
-        "rewards.vlm_judge:VlmJudge",
+        "rewards.judge.vlm:VlmJudge",
         "marks by a vision-language model at an OpenAI-compatible endpoint (args: model, base_url)",
         factory=True,
     ),
     # Learned from what people preferred, or from pictures and their texts.
     "hpsv2": Builtin(
-        "rewards.hpsv2:hpsv2",
+        "rewards.learned.hpsv2:hpsv2",
         "which picture of a prompt people prefer, HPSv2.1 or 2.0; about 0.2 to 0.4",
         factory=True,
         packages=("ftfy",),
@@ -78,25 +78,25 @@ BUILTINS = {
         checkpoints=("xswu/HPSv2:HPS_v2.1_compressed.pt", "openai/clip-vit-large-patch14"),
     ),
     "imagereward": Builtin(
-        "rewards.imagereward:imagereward",
+        "rewards.learned.imagereward:imagereward",
         "which picture of a prompt people prefer, ImageReward; about -2 to 2",
         factory=True,
         checkpoints=("THUDM/ImageReward:ImageReward.pt", "google-bert/bert-base-uncased"),
     ),
     "pickscore": Builtin(
-        "rewards.pickscore:PickScore",
+        "rewards.learned.pickscore:PickScore",
         "which picture of a prompt people pick, PickScore / 26; near 0.8",
         factory=True,
         checkpoints=("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
     ),
     "clipscore": Builtin(
-        "rewards.clipscore:ClipScore",
+        "rewards.learned.clipscore:ClipScore",
         "how near picture and prompt are in CLIP, 100 x cosine; about 15 to 35",
         factory=True,
         checkpoints=("openai/clip-vit-large-patch14",),
     ),
     "aesthetic": Builtin(
-        "rewards.aesthetic:Aesthetic",
+        "rewards.learned.aesthetic:Aesthetic",
         "how much people like a picture, LAION's predictor; about 1 to 10",
         factory=True,
         checkpoints=("trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth", "openai/clip-vit-large-patch14"),

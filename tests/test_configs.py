@@ -6,15 +6,15 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from align.arguments import ModelArguments, parse, resolve_dataset
-from align.data_arguments import CaptionedDataArguments, PreferenceDataArguments
+from align.cli.arguments import ModelArguments, parse, resolve_dataset
+from align.cli.data import CaptionedDataArguments, PreferenceDataArguments
 from align.dpo import DPOConfig
 from align.dpo_online import OnlineDPOConfig
-from align.evaluation import check_columns
 from align.generate import GenerateArguments
-from align.group_config import check_data
 from align.grpo import DataArguments, GRPOConfig
 from align.nft import NFTConfig
+from align.online.settings import check_data
+from align.sampling.held_out import check_columns
 from align.sft import SFTConfig
 from preference_data.buckets import make_buckets
 from preference_data.prompts import load_prompts

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 STOCK = """
 import json, sys, torch
 from diffusers import QwenImagePipeline
-from align.rollout import ImageKey, seeded_noise
+from align.sampling.noise import seeded_noise
+from align.sampling.rollout import ImageKey
 from align.tiny import CHECKPOINT, PROMPTS
 from rewards.shapes import warm_background
 

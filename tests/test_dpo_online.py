@@ -17,8 +17,8 @@ from stock import stock_errors
 from align.dpo import dpo_errors
 from align.dpo_online import OnlineDPOConfig, OnlineDPOTrainer
 from align.grpo import GRPOConfig, GRPOTrainer
-from align.matching import matching_errors
 from align.models.qwen_image import QwenImage
+from align.offline.trainer import matching_errors
 from align.tiny import CHECKPOINT
 from preference_data.readers import read_preferences
 
@@ -75,7 +75,8 @@ def test_what_is_trained_on_is_what_the_sampler_ended_on(tmp_path):
     run.train()
     pipeline = QwenImagePipeline.from_pretrained(CHECKPOINT, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    from align.rollout import ImageKey, seeded_noise
+    from align.sampling.noise import seeded_noise
+    from align.sampling.rollout import ImageKey
 
     for group, (prompt, pair) in enumerate(zip(run._buffer.prompts, run._buffer.latents, strict=True)):
         noise = torch.stack([seeded_noise(ImageKey(3, 0, group, n).initial(), (16, 64)) for n in range(4)])

@@ -457,7 +457,7 @@ def test_a_reward_that_says_nothing_for_several_rollouts_raises_an_alarm(tmp_pat
     rewards = load_rewards([brightness, always, never])
     rewards = [rewards[0], *(replace(reward, weight=0.0) for reward in rewards[1:])]
     trainer(tmp_path, rewards=rewards, max_steps=6, sde_window_size=1, per_device_train_batch_size=8).train()
-    said = [r.getMessage() for r in caplog.records if r.name == "align.groups"]
+    said = [r.getMessage() for r in caplog.records if r.name == "align.online.trainer"]
     assert said == [
         "the last 5 rollouts got one and the same score from reward 'always' for every image",
         "the last 5 rollouts got no score from reward 'never' for any image",

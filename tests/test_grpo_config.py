@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from align.grpo_config import GRPOConfig
+from align.grpo import GRPOConfig
 
 torch.set_num_threads(1)
 

@@ -14,28 +14,22 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("align", "rewards", "preference_data")
 FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 
-#: Floors of align/, lowest first: a module imports from its own floor and from those below.
+#: Floors of align/, highest first. A module imports from its own room and from the floors below it, never from another
+#: room of its own floor; "doors" are the files directly in align/, of which one may import another.
 FLOORS = (
-    {"flow", "losses", "advantages"},
-    {"models", "tiny"},
-    {"rollout", "buffer", "scoring", "evaluation", "metrics", "reports", "ranking", "signals", "callbacks", "trainer"}
-    | {"checkpoints"}
-    | {"flow_config", "arguments", "data_arguments", "launch", "latents", "matching"}
-    | {"sharding", "resharding", "memory", "groups", "group_config", "grpo_config"},
-    {"sft", "dpo", "dpo_online", "grpo", "nft", "generate"},
+    ("doors",),
+    ("cli",),
+    ("online", "offline"),
+    ("engine",),
+    ("sampling",),
+    ("models",),
+    ("tiny", "maths", "parallel"),
 )
-#: What of align/ each part of the first two floors may import, beside itself.
-BELOW = {
-    "flow": {"losses", "advantages"},
-    "losses": {"flow", "advantages"},
-    "advantages": {"flow", "losses"},
-    "models": {"flow", "tiny"},
-    "tiny": set(),
-}
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 #: Others' checkpoints are pickles; this reads them, and refuses those that are more than tensors.
-READS_CHECKPOINTS = ROOT / "rewards" / "checkpoints.py"
+READS_CHECKPOINTS = ROOT / "rewards" / "learned" / "weight_files.py"
 #: What torch and DeepSpeed know of a run is pickled as well; this reads only tensors and the plain types that it names.
-READS_OPTIMIZERS = ROOT / "align" / "resharding.py"
+READS_OPTIMIZERS = ROOT / "align" / "parallel" / "resharding.py"
 
 
 def module_name(file: Path) -> str:
@@ -55,14 +49,15 @@ def imports(file: Path) -> set[str]:
     return found
 
 
-def parts_of_align(file: Path) -> set[str]:
-    """The modules and packages directly in align/ that a file imports."""
-    names = [name.split(".") for name in imports(file)]
-    return {name[1] for name in names if name[0] == "align" and len(name) > 1}
+def room_of(module: str) -> str:
+    """The room of one of align's modules, or of a name in it."""
+    parts = module.split(".")
+    return parts[1] if parts[1] in FLOOR else "doors"
 
 
-def floor(part: str) -> int:
-    return next(number for number, parts in enumerate(FLOORS) if part in parts)
+def used_rooms(file: Path) -> set[str]:
+    """The rooms of align/ that a file imports from."""
+    return {room_of(name) for name in imports(file) if name.startswith("align.")}
 
 
 def identify(file: Path) -> str:
@@ -77,25 +72,32 @@ def does_nothing(statement: ast.stmt) -> bool:
 ALIGN = [file for file in FILES if file.is_relative_to(ROOT / "align") and module_name(file) != "align"]
 
 
-def test_every_part_of_align_has_its_floor():
-    present = {module_name(file).split(".")[1] for file in ALIGN}
-    known = set().union(*FLOORS)
-    assert present == known
+def test_every_room_of_align_has_its_floor():
+    rooms = {path.name for path in (ROOT / "align").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert rooms | {"doors"} == set(FLOOR)
 
 
 @pytest.mark.parametrize("file", ALIGN, ids=identify)
 def test_imports_point_down(file):
-    part = module_name(file).split(".")[1]
-    used = parts_of_align(file) - {part}
-    assert all(floor(other) <= floor(part) for other in used), used
-    if part in BELOW:
-        assert used <= BELOW[part]
+    room = room_of(module_name(file))
+    for other in used_rooms(file) - {room}:
+        assert FLOOR[other] > FLOOR[room], f"{room} imports {other}"
 
 
-@pytest.mark.parametrize("file", [ROOT / "align" / f"{part}.py" for part in sorted(FLOORS[0])], ids=identify)
+def test_no_room_but_the_lowest_is_a_single_file_and_none_is_deeper_than_two_folders():
+    for package in PACKAGES:
+        for folder in (ROOT / package).rglob("*/"):
+            modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+            assert len(modules) != 1, f"{identify(folder)} is a folder of one file"
+            if modules:
+                assert len(folder.relative_to(ROOT).parts) <= 2, identify(folder)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "align" / "maths").glob("*.py")), ids=identify)
 def test_the_maths_imports_torch_and_nothing_else_that_is_installed(file):
     outside = {name.split(".")[0] for name in imports(file)} - set(sys.stdlib_module_names)
     assert outside <= {"torch", "align"}
+    assert used_rooms(file) <= {"maths"}
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if not f.is_relative_to(ROOT / "align")], ids=identify)
@@ -104,15 +106,18 @@ def test_rewards_and_data_never_import_align_nor_each_other(file):
     assert {name.split(".")[0] for name in imports(file)} & set(PACKAGES) <= {package}
 
 
-def test_no_two_modules_of_align_import_each_other():
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_two_modules_import_each_other(package):
+    modules = {module_name(file): file for file in FILES if module_name(file).split(".")[0] == package}
     graph = {}
-    for file in ALIGN:
-        graph.setdefault(module_name(file).split(".")[1], set()).update(parts_of_align(file))
-    for main in FLOORS[-1]:  # run by path they are `__main__`, and import themselves under their own name
-        del graph[main]
+    for name, file in modules.items():
+        used = {
+            target for target in imports(file) for target in (target, target.rpartition(".")[0]) if target in modules
+        }
+        graph[name] = used - {name, package}  # a door, run by path, imports itself under its own name
     settled: set[str] = set()
     while len(settled) < len(graph):
-        ready = {part for part, used in graph.items() if part not in settled and used - {part} <= settled}
+        ready = {name for name, used in graph.items() if name not in settled and used <= settled}
         assert ready, f"in a circle: {set(graph) - settled}"
         settled |= ready
 
@@ -149,7 +154,7 @@ def test_nothing_in_align_is_called_as_a_standard_or_installed_module():
     """Run by path, align/ itself is on sys.path, and whatever is in it comes before everything else."""
     names = {path.stem for path in (ROOT / "align").iterdir()} - {"__init__", "__pycache__"}
     installed = set(importlib.metadata.packages_distributions())
-    assert {"torch", "datasets", "trl"} <= installed and {"flow", "models"} <= names
+    assert {"torch", "datasets", "trl"} <= installed and {"grpo", "models"} <= names
     assert not names & (installed | set(sys.stdlib_module_names))
 
 

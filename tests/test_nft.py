@@ -17,7 +17,7 @@ from scaled import largest_difference
 from align.grpo import GRPOConfig, GRPOTrainer
 from align.models.qwen_image import QwenImage
 from align.nft import SAMPLING_POLICY, NFTConfig, NFTTrainer
-from align.rollout import rollout
+from align.sampling.rollout import rollout
 from align.tiny import CHECKPOINT
 
 PROMPTS = Dataset.from_dict({"prompt": ["a circle", "two squares", "red objects", "a blue cross"]})

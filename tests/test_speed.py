@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from align.arguments import ModelArguments
-from align.launch import load_model
-from align.rollout import seeded_noise
+from align.cli.arguments import ModelArguments
+from align.cli.launch import load_model
+from align.sampling.noise import seeded_noise
 
 
 def velocity_of(model) -> torch.Tensor:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from align.flow import guided_velocity
+from align.maths.flow import guided_velocity
 from align.models.loading import describe_transformer, digest_adapter, digest_module, resolve_folder
 from align.models.lora import match_targets
-from align.models.vae import speed_up_images
+from align.models.qwen_vae import speed_up_images
 from preference_data.cache import TensorCache, cache_key
 
 #: As stock sampling cuts it.
@@ -47,7 +47,7 @@ class Condition(NamedTuple):
 
 
 class QwenImage:
-    """A ``QwenImagePipeline`` as a :class:`~align.models.base.FlowModel`.
+    """A ``QwenImagePipeline`` as a :class:`~align.models.contract.FlowModel`.
 
     Args:
         pipeline: a loaded pipeline. Its VAE and text encoder are frozen, the VAE's decoder sped up for single images.

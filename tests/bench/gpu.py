@@ -30,12 +30,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenIm
 from flops import backward_flops, forward_flops
 from peft import LoraConfig
 
-from align.flow import Transition
-from align.losses import grpo_policy_loss
-from align.memory import GIB, Setup, count, need
-from align.metrics import memory_peak_gib
+from align.engine.metrics import memory_peak_gib
+from align.maths.flow import Transition
+from align.maths.losses import grpo_policy_loss
 from align.models.qwen_image import Condition, QwenImage
-from align.rollout import ImageKey, Rollout, SamplingPlan, rollout, seeded_noise, velocity_fn
+from align.parallel.memory import GIB, Setup, count, need
+from align.sampling.noise import seeded_noise
+from align.sampling.rollout import ImageKey, Rollout, SamplingPlan, rollout, velocity_fn
 from align.tiny import CHECKPOINT
 
 #: TFLOP/s in bfloat16, dense, by what is in a device's name: the makers' data sheets.

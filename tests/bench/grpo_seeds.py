@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from align.reports import held_out_changes, paired_errors, series
+from align.engine.reports import held_out_changes, paired_errors, series
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from grpo_seeds import ROOT, cpu_seconds
 
-from align.reports import series
+from align.engine.reports import series
 
 SHOWN = {
     "sft": ("grounded", "shapes_following", "loss"),

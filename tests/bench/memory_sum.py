@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 import true_size
 from peft import LoraConfig
 
-from align.memory import GIB, LAUNCHERS, Counts, Setup, count, need
 from align.models.outline import outline
+from align.parallel.memory import GIB, LAUNCHERS, Counts, Setup, count, need
 
 ROOM = 6 * GIB
 TOKENS = 4 * 2 * (1024 + 128)

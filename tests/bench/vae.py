@@ -1,4 +1,4 @@
-"""How much faster single images are decoded with align.models.vae, side by side with diffusers' own.
+"""How much faster single images are decoded with align.models.qwen_vae, side by side with diffusers' own.
 
     python tests/bench/vae.py
 
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from diffusers.models import AutoencoderKLQwenImage
 
-from align.models.vae import speed_up_images
+from align.models.qwen_vae import speed_up_images
 from align.tiny import CHECKPOINT
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from brightness import score as brightness
 
-from align.trainer import FlowTrainer
+from align.engine.trainer import FlowTrainer
 
 
 def weights(run: FlowTrainer) -> dict[str, torch.Tensor]:

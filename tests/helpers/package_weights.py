@@ -14,7 +14,7 @@ import torch
 
 
 def write_hpsv2(folder: Path) -> dict:
-    from rewards import package_hpsv2
+    from rewards.learned import package_hpsv2
 
     package_hpsv2._give_vocabulary()
     from hpsv2.src.open_clip import create_model_and_transforms, tokenizer
@@ -31,7 +31,7 @@ def write_hpsv2(folder: Path) -> dict:
 
 
 def write_imagereward(folder: Path) -> dict:
-    from rewards import package_imagereward
+    from rewards.learned import package_imagereward
 
     (folder / "med_config.json").write_text(json.dumps(MED_CONFIG))
     args = {"tokenizer": str(folder), "med_config": str(folder / "med_config.json")}

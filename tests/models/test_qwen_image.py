@@ -9,7 +9,7 @@ from diffusers import QwenImagePipeline
 from peft import LoraConfig
 
 from align.models.qwen_image import QwenImage
-from align.rollout import ImageKey, SamplingPlan, rollout
+from align.sampling.rollout import ImageKey, SamplingPlan, rollout
 from align.tiny import CHECKPOINT
 
 PROMPTS = ["a circle", "three red circles on a blue background", "the word CAT in red on white", "two objects"]

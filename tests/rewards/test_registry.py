@@ -78,7 +78,7 @@ class Instance:
 
 
 def test_importing_rewards_loads_nothing_heavy_and_no_built_in():
-    code = "import sys, json, rewards, rewards.scoring; print(json.dumps(sorted(sys.modules)))"
+    code = "import sys, json, rewards, rewards.calling; print(json.dumps(sorted(sys.modules)))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     loaded = set(json.loads(printed))
     assert {"rewards", "rewards.registry"} <= loaded

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rewards import BUILTINS, load_rewards
-from rewards.geneval import GenEval
+from rewards.geneval.reward import GenEval
 from rewards.registry import resolve
 from rewards.table import require
 

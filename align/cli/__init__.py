@@ -1,0 +1,1 @@
+"""Command lines: arguments, data, checks before anything loads, and the start of a run."""

@@ -1,0 +1,1 @@
+"""The one subclass of ``transformers.Trainer``, its settings, checkpoints, signals, metrics and reports."""

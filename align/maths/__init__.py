@@ -1,0 +1,1 @@
+"""Pure functions on tensors; nothing here imports anything but torch."""

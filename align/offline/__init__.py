@@ -1,0 +1,1 @@
+"""What algorithms share that learn from data: SFT and DPO."""

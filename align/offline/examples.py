@@ -1,0 +1,92 @@
+"""Examples in batches of one size, with the noise they are trained at.
+
+All that is random about an example is keyed by the run's seed and by its place in the order of the whole run, so a
+resumed run, or one on another number of processes, trains on the same noise.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from align.engine.matching import MatchingBatch
+from align.offline.latents import Example, LatentStore
+from align.offline.settings import MatchingConfig
+from align.sampling.noise import seeded_generator, seeded_noise
+from preference_data.buckets import Bucket
+
+#: (example, its place in the order of the run)
+Drawn = tuple[Example, int]
+
+
+class DrawnExamples(Dataset):
+    """Examples by (index, place in the run), as :class:`BucketSampler` asks for them."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, drawn: tuple[int, int]) -> Drawn:
+        index, place = drawn
+        return self.examples[index], place
+
+
+class BucketSampler(Sampler):
+    """Every example once an epoch, in an order that is a function of (seed, epoch), in batches of one bucket.
+
+    ``batch_size`` is that of an optimizer update over all processes: however it is split, every part has one size. A
+    bucket that does not fill its last batch fills it with examples drawn from it again (:attr:`repeated` of them).
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], batch_size: int, seed: int) -> None:
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+        self._members: dict[Bucket, list[int]] = {}
+        for index, bucket in enumerate(buckets):
+            self._members.setdefault(bucket, []).append(index)
+        self._length = sum(-(-len(m) // batch_size) * batch_size for m in self._members.values())
+        self.repeated = self._length - len(buckets)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = seeded_generator((self.seed, "order", self.epoch))
+        batches = []
+        for members in self._members.values():
+            order = [members[i] for i in torch.randperm(len(members), generator=generator)]
+            missing = -len(order) % self.batch_size
+            order += [members[i] for i in torch.randint(len(members), (missing,), generator=generator)]
+            batches += [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+        for place, index in enumerate(index for batch in shuffled for index in batch):
+            yield index, self.epoch * self._length + place
+
+
+def draw_batch(
+    rows: Sequence[Drawn], store: LatentStore, args: MatchingConfig, device: torch.device, drop: float = 0.0
+) -> MatchingBatch:
+    """Latents, noise and noise levels of the drawn examples; a share ``drop`` of the prompts becomes negative."""
+    bucket = rows[0][0].bucket
+    latents = torch.stack([store.latents(example) for example, _ in rows])
+    streams = [seeded_generator((args.seed, "sigma", place)) for _, place in rows]
+    sigma = args.draw_sigma(streams, store.model, bucket)
+    dropped = [torch.rand((), generator=stream).item() < drop for stream in streams]
+    prompts = [args.negative_prompt if d else e.prompt for d, (e, _) in zip(dropped, rows, strict=True)]
+    noise = torch.stack([seeded_noise((args.seed, "noise", place), latents.shape[2:]) for _, place in rows])
+    return MatchingBatch(latents.to(device), noise.to(device), sigma.to(device), prompts, bucket)
+
+
+def held_out_batch(
+    example: Example, row: int, store: LatentStore, args: MatchingConfig, device: torch.device
+) -> MatchingBatch:
+    """One held-out example at ``eval_sigmas`` evenly spaced noise levels, with noise that no run changes."""
+    levels, bucket = args.eval_sigmas, example.bucket
+    latents = store.latents(example)[None].expand(levels, -1, -1, -1)
+    noise = torch.stack([seeded_noise((args.eval_seed, "held out", row, n), latents.shape[2:]) for n in range(levels)])
+    sigma = store.model.shift_sigma((torch.arange(levels) + 0.5) / levels, *bucket)
+    return MatchingBatch(latents.to(device), noise.to(device), sigma.to(device), [example.prompt] * levels, bucket)

@@ -1,0 +1,1 @@
+"""What algorithms share that learn from their own samples: GRPO, DiffusionNFT and online DPO."""

@@ -1,0 +1,1 @@
+"""Sharing a model out: ZeRO, resharding, memory sums."""

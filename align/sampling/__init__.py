@@ -1,0 +1,1 @@
+"""Rollouts with a record, noise by key, scores, and held-out samples."""

@@ -1,0 +1,1 @@
+"""GenEval's rules on a segmenter of transformers."""

@@ -1,0 +1,71 @@
+"""The `geneval` reward: are the objects of a prompt there, as many, as coloured and where it says.
+
+The rules are GenEval's (arXiv 2310.11513). The detector is **not the official one**: that is a Mask2Former of
+mmdetection, whose environment cannot be installed any more; here it is the same architecture, trained on the same
+data, in transformers. Figures are not to be put beside those of papers.
+"""
+
+from typing import Any
+
+from PIL import Image
+
+from rewards.geneval.models import ColorClassifier, Detector
+from rewards.geneval.rules import THRESHOLD, Task, grade, keep, parse_task
+from rewards.learned.running import Placement
+from rewards.pictures import at_most, to_rgb
+
+_MODES = ("strict", "soft")
+_MAX_SIDE = 2048  # pixels; masks are as large as the image
+
+
+class GenEval:
+    """A reward from GenEval's metadata, which comes as the data columns `tag`, `include` and `exclude`.
+
+    Args:
+        mode: "strict": 1 where every part of the prompt holds, else 0, as GenEval counts. "soft": the mean grade of the
+            parts (:func:`rewards.geneval.rules.grade`), in [0, 1].
+        detector: folder or hub name of a Mask2Former for instances of COCO. clip: of a CLIP model.
+        device: None: cuda if there is one. dtype: "float32", "bfloat16" or "float16". batch_size: images at once.
+        offload: keep the models on the CPU while unused.
+
+    Raises:
+        ValueError: a wrong argument, or a row that is not GenEval's metadata. FileNotFoundError: a checkpoint is
+            missing, with how to get it.
+    """
+
+    def __init__(
+        self,
+        mode: str = "strict",
+        detector: str = "facebook/mask2former-swin-small-coco-instance",
+        clip: str = "openai/clip-vit-large-patch14",
+        device: str | None = None,
+        dtype: str = "float32",
+        batch_size: int = 8,
+        offload: bool = False,
+    ):
+        if mode not in _MODES:
+            raise ValueError(f"geneval: mode is one of {', '.join(_MODES)}, found {mode!r}")
+        placement = Placement(device, dtype, offload, batch_size)
+        self.mode = mode
+        self.detector, self.colors = Detector(detector, placement), ColorClassifier(clip, placement)
+
+    def __call__(
+        self,
+        images: list[Image.Image],
+        prompts: list[str],
+        tag: list[str],
+        include: list[Any],
+        exclude: list[Any] | None = None,
+    ) -> list[float]:
+        rows = zip(tag, include, exclude or [None] * len(images), strict=True)
+        tasks = [parse_task(number, *row, classes=self.detector.labels) for number, row in enumerate(rows)]
+        pictures = [at_most(to_rgb(image), _MAX_SIDE) for image in images]
+        found = self.detector(pictures, THRESHOLD)
+        scores = []
+        for picture, task, detections in zip(pictures, tasks, found, strict=True):
+            grades = self._grades(picture, task, detections)
+            scores.append(float(min(grades) == 1) if self.mode == "strict" else sum(grades) / len(grades))
+        return scores
+
+    def _grades(self, picture: Image.Image, task: Task, detections: list) -> list[float]:
+        return grade(task, keep(detections, task.threshold), lambda objects: self.colors(picture, objects))

@@ -1,0 +1,1 @@
+"""Marks by a vision-language model at an OpenAI-compatible endpoint."""

@@ -1,0 +1,223 @@
+"""The `vlm_judge` reward: a vision-language model behind an OpenAI-compatible endpoint (vLLM, SGLang, a hosted one)."""
+
+import asyncio
+import base64
+import io
+import logging
+import math
+import os
+from collections.abc import Sequence
+from email.utils import parsedate_to_datetime
+from time import time
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+from rewards.judge.templates import Template, load_template
+from rewards.pictures import at_most, to_rgb
+
+if TYPE_CHECKING:
+    import httpx
+
+logger = logging.getLogger(__name__)
+
+_KEY = "OPENAI_API_KEY"
+_RETRIED = (408, 429, 500, 502, 503, 504)
+_LONGEST_WAIT = 60.0  # seconds between two tries, whatever the server asks for
+_LOGGED = 2000  # characters of an answer
+
+
+class JudgeError(RuntimeError):
+    """The endpoint refused a question, or answered nothing that is a chat completion."""
+
+
+class VlmJudge:
+    """A reward in [0, 1]: the mean of the marks that the model gives an image, each scaled from its template's range.
+
+    Not scored (None): an answer from which the marks cannot be read (its text is logged), and an image whose question
+    failed at every try; when more than ``max_unanswered`` of a call's questions failed the first failure is raised, so
+    that the run counts it.
+
+    Args:
+        model: name of the model at the endpoint. base_url: up to and with ``/v1``.
+        template: "alignment" and "aesthetics" (a mark from 0 to 10), "unifiedreward" (alignment, coherence and style
+            from 1 to 5, in the answer's form of UnifiedReward, arXiv 2503.05236), or the path of a YAML file with the
+            keys ``text`` (in which ``{prompt}`` stands for the prompt), ``scores``, ``lowest``, ``highest``.
+        parts: which of the template's scores count; None: all.
+        api_key_env: environment variable with the key. The default one may be unset: then no key is sent.
+        timeout: seconds for one try. retries: further tries after time-outs, lost connections, 429 and 5xx, with
+            waits that double, or as long as the server's Retry-After says (at most 60 s).
+        concurrency: questions under way at once. max_side: pixels, larger images are made smaller; others are sent as
+            they are (PNG). max_tokens: of an answer. request: further fields of the request's body.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str,
+        template: str = "alignment",
+        parts: Sequence[str] | None = None,
+        api_key_env: str = _KEY,
+        timeout: float = 60.0,
+        retries: int = 4,
+        concurrency: int = 8,
+        max_side: int = 2048,
+        max_tokens: int = 512,
+        max_unanswered: float = 0.1,
+        request: dict[str, Any] | None = None,
+    ):
+        self._check(base_url, timeout, retries, concurrency, max_side, max_tokens)
+        if not 0 <= max_unanswered < 1:
+            raise ValueError(f"vlm_judge: max_unanswered must lie in [0, 1), found {max_unanswered}")
+        self.max_unanswered = max_unanswered
+        self.template: Template = load_template(template)
+        self.parts = list(self.template.scores) if parts is None else list(parts)
+        if not self.parts or not set(self.parts) <= set(self.template.scores):
+            known = ", ".join(self.template.scores)
+            raise ValueError(f"vlm_judge: parts must be some of {known}, found {self.parts}")
+        key = os.environ.get(api_key_env)
+        if not key and api_key_env != _KEY:
+            raise ValueError(f"vlm_judge: the environment variable {api_key_env} (api_key_env) is not set")
+        key = (key or "").strip()
+        if not (key.isascii() and key.isprintable()):  # the HTTP library would show the whole header in its error
+            raise ValueError(f"vlm_judge: {api_key_env} holds characters that no key has")
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.url = base_url.rstrip("/") + "/chat/completions"
+        self.model, self.timeout, self.retries, self.concurrency = model, timeout, retries, concurrency
+        self.max_side, self.max_tokens, self.request = max_side, max_tokens, dict(request or {})
+
+    @staticmethod
+    def _check(base_url: str, timeout: float, *counts: int) -> None:
+        parsed = urlsplit(base_url)
+        if parsed.scheme not in ("http", "https") or not parsed.hostname:
+            raise ValueError(f"vlm_judge: base_url must be http(s)://host/v1, found {base_url!r}")
+        if parsed.username is not None or parsed.password is not None:
+            raise ValueError(
+                "vlm_judge: base_url holds a user name or password, which logs would show: use api_key_env"
+            )
+        retries, *others = counts
+        if not timeout > 0 or retries < 0 or min(others) < 1:
+            raise ValueError(
+                "vlm_judge: timeout must be above 0, retries 0 or more, concurrency, max_side and max_tokens 1 or more"
+            )
+
+    async def __call__(self, images: list[Image.Image], prompts: list[str]) -> list[float | None]:
+        import httpx
+
+        if not images:
+            return []
+        limit = asyncio.Semaphore(self.concurrency)
+        # A client of its own for each call: the next one may come from another event loop.
+        limits = httpx.Limits(max_connections=self.concurrency)
+        async with httpx.AsyncClient(timeout=None, limits=limits, headers=self._headers) as client:
+
+            async def ask(image: Image.Image, prompt: str) -> str:
+                async with limit:
+                    return await self._answer(client, await asyncio.to_thread(self._body, image, prompt))
+
+            asked = [ask(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+        return self._scores(answers)
+
+    def _scores(self, answers: Sequence[str | BaseException]) -> list[float | None]:
+        failures = [answer for answer in answers if isinstance(answer, BaseException)]
+        for failure in failures:
+            if not isinstance(failure, _failures()):
+                raise failure
+        if len(failures) > self.max_unanswered * len(answers):  # a failure of the call, which the run counts
+            raise failures[0]
+        if failures:
+            first = f"{type(failures[0]).__name__}: {failures[0]}"
+            logger.warning("vlm_judge: %d of %d images not scored: %s", len(failures), len(answers), first)
+        return [None if isinstance(answer, BaseException) else self._score(answer) for answer in answers]
+
+    def _score(self, answer: str) -> float | None:
+        marks = self.template.parse(answer)
+        if marks is None:
+            logger.warning("vlm_judge: not scored, no marks can be read from the answer %r", answer[:_LOGGED])
+            return None
+        return sum(marks[part] for part in self.parts) / len(self.parts)
+
+    def _body(self, image: Image.Image, prompt: str) -> dict[str, Any]:
+        file = io.BytesIO()
+        at_most(to_rgb(image), self.max_side).save(file, format="PNG", compress_level=1)
+        url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+        content = [
+            {"type": "image_url", "image_url": {"url": url}},
+            {"type": "text", "text": self.template.question(prompt)},
+        ]
+        messages = [{"role": "user", "content": content}]
+        return {
+            "model": self.model,
+            "messages": messages,
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+        } | self.request
+
+    async def _answer(self, client: "httpx.AsyncClient", body: dict[str, Any]) -> str:
+        """The text of one answer, after as many tries as it takes."""
+        import tenacity
+
+        tries = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(self.retries + 1),
+            wait=_wait,
+            retry=tenacity.retry_if_exception(_may_pass),
+            reraise=True,
+        )
+        response: httpx.Response = await tries(self._post, client, body)
+        try:
+            answer = response.json()["choices"][0]["message"]["content"]
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise JudgeError(f"{self.url} answered no chat completion: {response.text[:200]!r}") from error
+        return answer if isinstance(answer, str) else ""
+
+    async def _post(self, client: "httpx.AsyncClient", body: dict[str, Any]) -> "httpx.Response":
+        import httpx
+
+        try:
+            async with asyncio.timeout(self.timeout):  # of the whole: httpx's own starts anew with every byte
+                response = await client.post(self.url, json=body)
+        except TimeoutError:
+            raise httpx.ReadTimeout(f"{self.url} did not answer within {self.timeout:g} s") from None
+        if response.status_code in _RETRIED:
+            response.raise_for_status()
+        if response.status_code != 200:
+            raise JudgeError(f"{self.url} answered {response.status_code}: {response.text[:200]!r}")
+        return response
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What costs one image its score, and not the run."""
+    import httpx
+
+    return (JudgeError, httpx.TransportError, httpx.HTTPStatusError)
+
+
+def _may_pass(error: BaseException) -> bool:
+    import httpx
+
+    return isinstance(error, (httpx.TransportError, httpx.HTTPStatusError))
+
+
+def _wait(state: Any) -> float:
+    """Seconds until the next try: what the server asks for, or from half a second on twice as long each time."""
+    import tenacity
+
+    error = state.outcome.exception()
+    asked = _retry_after(error.response.headers.get("Retry-After")) if hasattr(error, "response") else None
+    return asked if asked is not None else tenacity.wait_exponential_jitter(initial=0.5, max=_LONGEST_WAIT)(state)
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds of a Retry-After header: a number, or a date; None where it is neither."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time()
+        except ValueError:
+            return None
+    return min(max(seconds, 0.0), _LONGEST_WAIT) if math.isfinite(seconds) else None

@@ -1,0 +1,1 @@
+"""Rewards with published weights: HPSv2, ImageReward, PickScore, CLIP score, aesthetics."""

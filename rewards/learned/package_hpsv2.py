@@ -1,0 +1,74 @@
+"""HPSv2 by the PyPI package ``hpsv2``. Runs in the environment of ``requirements/hpsv2.txt``, never in the trainer's.
+
+The package's own ``score()`` reads its checkpoint anew at every call, and by a pickle that may run code; here its model,
+preprocessing and tokenizer are built once and called as ``score()`` calls them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from rewards.learned.running import Placement, check_pairs
+from rewards.learned.weight_files import find_file, load_weights, read_state_dict
+from rewards.pictures import to_rgb
+
+FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
+_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+
+
+def hpsv2(
+    version: str = "v2.1", checkpoint: str | None = None, device: str | None = None, allow_pickle: bool = False
+) -> Callable[[list[Image.Image], list[str]], list[float]]:
+    """A reward of (images, prompts); args as of :func:`rewards.learned.hpsv2.hpsv2`."""
+    where = Placement(device).resolve()
+    path = find_file(
+        checkpoint or f"xswu/HPSv2:{FILES[version]}", reward="hpsv2", arg="checkpoint", file=FILES[version]
+    )
+    _give_vocabulary()
+    from hpsv2.src.open_clip import create_model_and_transforms, get_tokenizer
+
+    model, _, preprocess = create_model_and_transforms(
+        "ViT-H-14",
+        None,  # no weights but the checkpoint's
+        precision="amp",
+        device=where,
+        light_augmentation=True,
+        aug_cfg={},
+        output_dict=True,
+        with_score_predictor=False,
+        with_region_predictor=False,
+    )
+    load_weights(model, read_state_dict(path, reward="hpsv2", allow_pickle=allow_pickle), reward="hpsv2", source=path)
+    model.eval()
+    tokenize = get_tokenizer("ViT-H-14")
+
+    def reward(images: list[Image.Image], prompts: list[str]) -> list[float]:
+        check_pairs(images, prompts)
+        scores = []
+        with torch.no_grad(), torch.autocast("cuda", enabled=where.type == "cuda"):
+            for image, prompt in zip(images, prompts, strict=True):
+                seen = preprocess(to_rgb(image)).unsqueeze(0).to(where)
+                out = model(seen, tokenize([prompt]).to(where))
+                scores.append((out["image_features"] @ out["text_features"].T).item())
+        return scores
+
+    return reward
+
+
+def _give_vocabulary() -> None:
+    """Lay the vocabulary that the package's wheel lacks where it looks: the same file comes with open-clip-torch."""
+    folders = {}
+    for package in ("hpsv2", "open_clip"):
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ImportError(f"the package of the reward 'hpsv2' needs {package}, which this environment lacks")
+        folders[package] = Path(spec.submodule_search_locations[0])
+    target = folders["hpsv2"] / "src" / "open_clip" / _VOCABULARY
+    if not target.exists():
+        shutil.copyfile(folders["open_clip"] / _VOCABULARY, target)

@@ -1,0 +1,1 @@
+"""Rewards that read text in pictures."""

@@ -1,0 +1,287 @@
+"""SFT and DPO on the embedded model: losses against stock parts, caching, order, resume, and what a run leaves."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import QwenImagePipeline
+from matching_runs import GROUNDED, dpo, lora, losses, settings, sft, some_pairs
+from PIL import Image
+from stock import stock_errors
+
+from align.dpo import DPOConfig, DPOTrainer, dpo_errors
+from align.generate import GenerateArguments, generate
+from align.models.qwen_image import QwenImage
+from align.offline.latents import LatentStore
+from align.offline.trainer import BucketSampler, MatchingBatch, matching_errors
+from align.sft import SFTConfig, SFTTrainer
+from align.tiny import CHECKPOINT
+from preference_data.buckets import Bucket, make_buckets
+from preference_data.images import BadRow, ImageSource
+from preference_data.pairs import build_pairs
+from preference_data.readers import read_captioned, read_preferences
+from preference_data.writer import RankedWriter
+from rewards import load_rewards
+
+
+def stock_latents(pipeline, images) -> torch.Tensor:
+    """Clean packed latents of images by nothing but diffusers' own parts."""
+    pixels = [torch.from_numpy(np.array(image.convert("RGB"))).float().permute(2, 0, 1) / 127.5 - 1 for image in images]
+    latents = torch.cat([pipeline.vae.encode(p[None, :, None]).latent_dist.mode() for p in pixels])
+    mean, std = (torch.tensor(pipeline.vae.config[f"latents_{n}"]).view(1, -1, 1, 1, 1) for n in ("mean", "std"))
+    return pipeline._pack_latents((latents - mean) / std, len(images), 16, 8, 8)
+
+
+# --- The losses ---
+
+
+@torch.no_grad()
+def test_dpo_loss_is_that_of_plain_diffusers_calls(tmp_path):
+    """Policy and reference different: an independent computation gives the same to 1e-6, for every pair."""
+    trainer = dpo(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trainer.trained_parameters().values():  # a policy that has moved away from its reference
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    trainer.flow.save(str(tmp_path / "lora"), trainer.trained_state())
+    policy, reference = (QwenImagePipeline.from_pretrained(CHECKPOINT, dtype=torch.float32) for _ in range(2))
+    policy.load_lora_weights(tmp_path / "lora")
+    for place, pair in enumerate(some_pairs()):
+        batch = trainer._prepare_inputs([(trainer.train_dataset.examples[place], place)])
+        ours = trainer.compute_loss(trainer.model, batch).item()
+        images = stock_latents(policy, [pair.chosen.open(), pair.rejected.open()])
+        drawn = batch.noise[0], batch.sigma[0]
+        win, lose = stock_errors(policy, images, pair.prompt, *drawn)
+        win_ref, lose_ref = stock_errors(reference, images, pair.prompt, *drawn)
+        margin = ((win - lose) - (win_ref - lose_ref)).item()
+        assert abs(30 * margin) > 0.01
+        assert ours == pytest.approx(math.log(1 + math.exp(30 * margin)), abs=1e-6)
+
+
+@torch.no_grad()
+def test_sft_loss_is_that_of_plain_diffusers_calls(tmp_path):
+    trainer = sft(tmp_path, caption_dropout=0.0)
+    rows = list(read_captioned(GROUNDED))[:3]
+    batch = trainer._prepare_inputs([(trainer.train_dataset.examples[n], n) for n in range(3)])
+    assert len(set(batch.sigma.tolist())) == 3
+    pipeline = QwenImagePipeline.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    expected = [
+        stock_errors(pipeline, stock_latents(pipeline, [row.image.open()]), row.prompt, noise, sigma)[0]
+        for row, noise, sigma in zip(rows, batch.noise, batch.sigma, strict=True)
+    ]
+    # A fresh LoRA is no change: the trained model is still the stock one.
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(
+        torch.stack(expected).mean().item(), abs=1e-6
+    )
+
+
+def test_the_first_dpo_loss_is_log_2_and_its_accuracy_one_half(tmp_path):
+    trainer = dpo(tmp_path)
+    trainer.train()
+    first = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["rewards/accuracies"] == 0.5 and first["rewards/margins"] == 0
+    assert any(key.startswith("accuracy_sigma_") for key in first)
+    assert losses(trainer)[-1] != pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_training_moves_the_held_out_loss_and_the_reference_stays(tmp_path):
+    args = DPOConfig(**settings(tmp_path, beta=30.0, max_steps=12, learning_rate=3e-3))
+    trainer = DPOTrainer(QwenImage.from_pretrained("tiny"), args, some_pairs(), some_pairs(), peft_config=lora())
+    before = trainer.evaluate()
+    assert before["eval_accuracy"] == 0.5 and before["eval_loss"] == pytest.approx(math.log(2))
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_loss"] < before["eval_loss"] and after["eval_accuracy"] > 0.5
+    assert after == trainer.evaluate()  # fixed noise and noise levels
+    batch = trainer._prepare_inputs([(trainer.train_dataset.examples[0], 0)])
+    with torch.no_grad():
+        fresh = QwenImage.from_pretrained("tiny")
+        assert torch.equal(
+            dpo_errors(trainer, batch, trainer.model)[1], matching_errors(fresh, batch, fresh.transformer)
+        )
+
+
+# --- Cache, order, resume ---
+
+
+def test_cached_and_uncached_runs_give_the_same_losses(tmp_path):
+    runs = []
+    for name, cache in (("fill", tmp_path / "cache"), ("full", tmp_path / "cache"), ("none", None)):
+        trainer = sft(tmp_path / name, cache_dir=str(cache) if cache else "none")
+        trainer.train()
+        runs.append(losses(trainer))
+    assert len(runs[0]) == 3 and runs[0] == runs[1] == runs[2]
+    entries = list((tmp_path / "cache").rglob("*.safetensors"))
+    assert len(entries) > 160  # an image each, and the prompts
+
+
+def test_a_full_cache_needs_neither_vae_nor_text_encoder(tmp_path, monkeypatch):
+    sft(tmp_path)
+
+    def unused(*_, **__):
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(QwenImage, "encode_images", unused)
+    monkeypatch.setattr(QwenImagePipeline, "encode_prompt", unused)
+    sft(tmp_path).train()
+
+
+def test_a_model_keeps_its_cache_wherever_its_folder_lies(tmp_path):
+    shutil.copytree(CHECKPOINT, tmp_path / "moved")
+    model, moved = QwenImage.from_pretrained("tiny"), QwenImage.from_pretrained(tmp_path / "moved")
+    for part in ("vae", "text_encoder"):
+        assert model.fingerprint(part) == moved.fingerprint(part)
+
+
+def test_a_cache_of_another_model_is_not_used(tmp_path):
+    model, other = QwenImage.from_pretrained("tiny"), QwenImage.from_pretrained("tiny")
+    with torch.no_grad():
+        next(other.pipeline.vae.parameters()).mul_(1.01)
+    assert model.fingerprint("vae") != other.fingerprint("vae")
+    assert model.fingerprint("text_encoder") == other.fingerprint("text_encoder")
+    image = [("a", [next(iter(read_captioned(GROUNDED))).image])]
+    stores = [LatentStore(m, tmp_path, make_buckets(64, 16)) for m in (model, other)]
+    first, second = (store.latents(store.prepare(image, "data")[0]) for store in stores)
+    assert not torch.equal(first, second)
+
+
+def test_a_resumed_run_goes_on_to_the_same_losses(tmp_path):
+    whole = sft(tmp_path / "whole", max_steps=6, ema_decay=0.9)
+    whole.train()
+    sft(tmp_path / "part", max_steps=6, ema_decay=0.9, save_strategy="steps", save_steps=3).train()
+    resumed = sft(tmp_path / "part", max_steps=6, ema_decay=0.9)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "part/checkpoint-3"))
+    assert losses(resumed) == losses(whole)
+    for name, parameter in whole.trained_parameters().items():
+        assert torch.equal(parameter, resumed.trained_parameters()[name])
+
+
+def test_every_example_comes_once_an_epoch_in_batches_of_one_size():
+    buckets = [Bucket(64, 64)] * 10 + [Bucket(48, 80)] * 3
+    sampler = BucketSampler(buckets, batch_size=4, seed=0)
+    drawn = list(sampler)
+    assert len(drawn) == len(sampler) == 16 and sampler.repeated == 3
+    assert {index for index, _ in drawn} == set(range(13))
+    assert [place for _, place in drawn] == list(range(16))
+    for start in range(0, 16, 4):
+        assert len({buckets[index] for index, _ in drawn[start : start + 4]}) == 1
+    sampler.set_epoch(1)
+    later = list(sampler)
+    assert [i for i, _ in later] != [i for i, _ in drawn] and later[0][1] == 16
+    again = BucketSampler(buckets, batch_size=4, seed=0)
+    assert list(again) == drawn
+
+
+def test_images_of_several_shapes_train_at_several_sizes(tmp_path):
+    rows = [
+        ("wide", [ImageSource.of(Image.new("RGB", (200, 100), "red"), "wide")]),
+        ("tall", [ImageSource.of(Image.new("RGB", (100, 200), "blue"), "tall")]),
+        ("square", [ImageSource.of(Image.new("RGB", (90, 100), "green"), "square")]),
+    ]
+    store = LatentStore(QwenImage.from_pretrained("tiny"), tmp_path, make_buckets(64, 16, 2.0))
+    examples = store.prepare(rows, "data")
+    assert [e.bucket.width > e.bucket.height for e in examples[:2]] == [True, False]
+    for example in examples:
+        args = SFTConfig(**settings(tmp_path))
+        batch = MatchingBatch.draw([(example, 0)], store, args, torch.device("cpu"))
+        assert batch.latents.shape[2] == example.bucket.height * example.bucket.width // 256
+        assert matching_errors(store.model, batch, store.model.transformer).shape == (1, 1)
+
+
+def test_dropped_captions_become_the_negative_prompt(tmp_path):
+    trainer = sft(tmp_path, caption_dropout=0.5)
+    rows = [(trainer.train_dataset.examples[0], place) for place in range(200)]
+    prompts = trainer._prepare_inputs(rows).prompts
+    assert 70 < prompts.count(" ") < 130 and set(prompts) == {" ", trainer.train_dataset.examples[0].prompt}
+
+
+# --- Bad input ---
+
+
+def test_a_broken_image_stops_or_is_listed(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("RGB", (64, 64), "red").save(folder / "good.png")
+    (folder / "bad.png").write_bytes((folder / "good.png").read_bytes()[:60])
+    for name in ("good", "bad"):
+        (folder / f"{name}.txt").write_text("a picture")
+    data = read_captioned(str(folder))
+    with pytest.raises(BadRow, match=r"bad\.png.*on_bad_row: skip"):
+        sft(tmp_path / "run", data)
+    skipping = SFTTrainer(
+        QwenImage.from_pretrained("tiny"),
+        SFTConfig(**settings(tmp_path / "run")),
+        read_captioned(str(folder), on_bad_row="skip"),
+        peft_config=lora(),
+        on_bad_row="skip",
+    )
+    assert len(skipping.train_dataset) == 1
+    assert len(skipping.store.skipped) == 1 and "bad.png" in skipping.store.skipped[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "wrong", "message"),
+    [
+        (SFTConfig, {"caption_dropout": 1.5}, r"caption_dropout must lie in \[0, 1\], found 1.5"),
+        (SFTConfig, {"max_aspect_ratio": 0.5}, "max_aspect_ratio must be at least 1"),
+        (SFTConfig, {"logit_std": 0.0}, "logit_std must be positive"),
+        (DPOConfig, {"beta": 0.0}, "beta must be positive, found 0"),
+        (DPOConfig, {"loss_type": "sigmid"}, "loss_type must be one of sigmoid, hinge, ipo, found 'sigmid'"),
+        (DPOConfig, {"label_smoothing": 0.5}, r"label_smoothing must lie in \[0, 0.5\)"),
+        (DPOConfig, {"label_smoothing": 0.1, "loss_type": "ipo"}, "belongs to loss_type sigmoid"),
+        (DPOConfig, {"sft_weight": -1.0}, "sft_weight must be at least 0"),
+    ],
+)
+def test_a_wrong_setting_is_named(tmp_path, config, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        config(**settings(tmp_path, **wrong))
+
+
+# --- The chain: preferences made, trained on, exported ---
+
+
+def test_preferences_are_made_resumed_and_trained_on(tmp_path):
+    from datasets import Dataset
+
+    prompts = Dataset.from_dict({"prompt": ["two circles", "a cross", "blue squares"]})
+    rewards = load_rewards("brightness:score")
+    args = GenerateArguments(dataset_name="-", output_dir="-", num_generations=3, height=64, width=64)
+    args.num_inference_steps, args.rollout_batch_size = 3, 6  # two prompts a batch
+    model = QwenImage.from_pretrained("tiny")
+
+    def make(folder, process):
+        with RankedWriter(folder, shard=process, rows_per_file=1, rewards=["score"]) as writer:
+            return generate(model, prompts, rewards, args, writer, process)
+
+    # The first of two processes did its share and the other died: one process does the rest.
+    assert make(tmp_path / "twice", (0, 2)) == 2 and make(tmp_path / "twice", (0, 1)) == 1
+    assert make(tmp_path / "once", (0, 1)) == 3 and make(tmp_path / "once", (0, 1)) == 0
+    sets = [sorted(read_preferences(tmp_path / name), key=lambda row: row.prompt) for name in ("once", "twice")]
+    for one, other in zip(*sets, strict=True):
+        assert (one.prompt, one.scores) == (other.prompt, other.scores)
+        assert [i.digest() for i in one.images] == [i.digest() for i in other.images]
+    pairs = build_pairs(read_preferences(tmp_path / "once"))
+    trainer = dpo(tmp_path / "run", pairs, max_steps=2)
+    trainer.train()
+    trainer.finish("tiny", "made pairs")
+    stock = QwenImagePipeline.from_pretrained(CHECKPOINT)
+    stock.load_lora_weights(tmp_path / "run")
+    assert "(DPO)" in (tmp_path / "run/README.md").read_text()
+    assert json.loads((tmp_path / "run/trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_each_algorithm_starts_from_what_the_last_one_left(tmp_path):
+    first = sft(tmp_path / "sft")
+    first.train()
+    first.finish("tiny", "grounded")
+    model = QwenImage.from_pretrained("tiny")
+    model.load_adapter(tmp_path / "sft")
+    second = DPOTrainer(model, DPOConfig(**settings(tmp_path / "dpo", beta=30.0)), some_pairs())
+    for name, parameter in first.trained_parameters().items():
+        assert torch.equal(parameter, second.trained_parameters()[name]), name
+    second.train()
+    # The reference is the adapter that training started from, not the bare model: so the first loss is log 2.
+    assert losses(second)[0] == pytest.approx(math.log(2), abs=1e-6)

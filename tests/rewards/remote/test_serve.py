@@ -1,0 +1,457 @@
+"""The service: what it answers, what it refuses and how, and that it scores as before after all of it."""
+
+import asyncio
+import base64
+import concurrent.futures
+import io
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import httpx
+import pytest
+import starlette.requests
+from PIL import Image
+from services import IN_CLEAR, ODD, ROOT, Service
+
+from rewards import load_rewards, score
+from rewards.remote import wire
+from rewards.remote.lanes import Lane
+from rewards.remote.service import Refused, digest_of
+from rewards.remote.service import Service as App
+
+TOKEN = "kept-secret"
+IMAGE = Image.effect_noise((30, 20), 50).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def service():
+    limits = ("--max_body_mb", "2", "--max_pixels", "100000", "--max_images", "8", "--max_queue", "2")
+    service = Service(
+        "--use", f"{ODD}:told", "--use", f"{ODD}:needing", "--use", f"{ODD}:patient", *limits, token=TOKEN
+    )
+    yield service
+    assert TOKEN not in service.end()
+    assert service.process.returncode == 0
+
+
+@pytest.fixture
+def http(service):
+    with httpx.Client(base_url=service.url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=30) as client:
+        yield client
+
+
+def png(image: Image.Image = IMAGE) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def frame(prompts=("p",), columns=None, image=IMAGE) -> bytes:
+    return b"".join(wire.encode_request([image] * len(prompts), list(prompts), columns or {}))
+
+
+def expected() -> list[float]:
+    (here,) = load_rewards([f"{ODD}:told"])
+    return score([here], [IMAGE], ["p"], {})[0][0]
+
+
+@pytest.fixture(autouse=True)
+def still_right(http):
+    """Whatever a test did to it, the service scores as before."""
+    yield
+    assert http.post("/score/told", content=frame()).json() == {"scores": expected()}
+
+
+# --- Answers ---
+
+
+def test_a_frame_and_plain_json_give_the_scores_of_this_process_to_the_bit(http):
+    factors = [0.1, 1 / 3]
+    (here,) = load_rewards([f"{ODD}:told"])
+    ((right,), _) = score([here], [IMAGE] * 2, ["p"] * 2, {"factor": factors})
+    as_frame = http.post("/score/told", content=frame("pp", {"factor": factors}))
+    plain = {"prompts": ["p", "p"], "images": [png()] * 2, "columns": {"factor": factors}}
+    assert as_frame.json() == http.post("/score/told", json=plain).json() == {"scores": right}
+    assert http.post("/score/patient", content=frame(["four"])).json() == {"scores": [4.0]}
+
+
+def test_not_scored_is_null(http):
+    answer = http.post("/score/told", content=frame(["nothing"] * 4))
+    assert answer.json() == {"scores": [None, None, None, 0.1]}
+
+
+def test_the_pages_say_what_is_served_and_how_it_goes(http):
+    served = http.get("/rewards").json()
+    digests = [entry.pop("digest") for entry in served["rewards"].values()]
+    assert len(set(digests)) == 3 and digests[0] == http.post("/score/told", content=frame()).headers["X-Reward-Digest"]
+    assert served["rewards"] == {
+        "told": {"columns": ["factor"], "required": []},
+        "needing": {"columns": None, "required": ["target"]},
+        "patient": {"columns": [], "required": []},
+    }
+    assert served["limits"] == {"bytes": 2 * 2**20, "images": 8, "pixels": 100000}
+    health = http.get("/health")
+    assert health.status_code == 200 and health.json()["rewards"]["told"]["ready"] is True
+
+    def count(line: str) -> float:
+        found = [text for text in http.get("/metrics").text.splitlines() if text.startswith(line)]
+        return float(found[0].split()[-1]) if found else 0.0
+
+    images, failures = (
+        'flow_align_reward_images_total{reward="told"}',
+        'flow_align_reward_failures_total{reward="told"}',
+    )
+    refused = 'flow_align_reward_requests_total{reward="unknown",status="404"}'
+    before = [count(images), count(failures), count(refused)]
+    http.post("/score/told", content=frame("ppp"))
+    http.post("/score/told", content=frame(["raise"]))
+    http.post("/score/whatever", content=b"")
+    assert [count(images), count(failures), count(refused)] == [before[0] + 3, before[1] + 1, before[2] + 1]
+    assert "whatever" not in http.get("/metrics").text
+
+
+def test_rewards_are_scored_side_by_side_and_one_reward_one_call_after_the_other(http):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        started = time.monotonic()
+        slow = pool.submit(http.post, "/score/told", content=frame(["sleep"], {"factor": [1.0]}))
+        time.sleep(0.2)
+        assert http.post("/score/needing", content=frame(columns={"target": [3]})).json() == {"scores": [3.0]}
+        assert not slow.done()
+        assert http.post("/score/told", content=frame()).json() == {"scores": expected()}
+        assert time.monotonic() - started >= 1.0 and slow.done()
+
+
+# --- Refusals ---
+
+
+@pytest.mark.parametrize("given", [None, "Bearer wrong", f"Basic {TOKEN}", TOKEN, "Bearer", f"Bearer {TOKEN}x"])
+@pytest.mark.parametrize("page", ["/score/told", "/rewards", "/metrics"])
+def test_without_the_right_token_nothing_is_told(service, given, page):
+    headers = {} if given is None else {"Authorization": given}
+    answer = httpx.request("POST" if "score" in page else "GET", service.url + page, headers=headers)
+    assert answer.status_code == 401 and "token" in answer.json()["error"] and TOKEN not in answer.text
+    assert httpx.get(service.url + "/health", headers=headers).json() == {"status": "ok"}
+
+
+def bomb() -> str:
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 12_000, 12_000, 8, 2, 0, 0, 0))
+    data = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 10**6)) + chunk(b"IEND", b"")
+    return base64.b64encode(data).decode()
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"", 400, "not JSON"),
+        (b"hello", 400, "not JSON"),
+        (b"\x80\x04\x95pickled", 400, "not JSON"),
+        (b"[" * 100_000, 400, "RecursionError"),
+        (b"[]", 400, "not an object"),
+        (frame()[:-1], 400, "claims"),
+        (frame() + b"x", 400, "claims"),
+        (b"FAR1" + struct.pack("<IQ", 5, 2**62), 413, "at most"),
+        (b"FAR1" + struct.pack("<IQ", 2**32 - 1, 0), 413, "at most"),
+        (frame("ppp")[:20].replace(b"FAR1", b"FAR2"), 400, "not JSON"),
+        ({"prompts": ["p"], "images": [png(), png()]}, 422, "prompts: 1 for 2 images"),
+        ({"prompts": ["p"], "images": [png()], "columns": {"factor": []}}, 422, "column 'factor': 0 for 1 images"),
+        (
+            {"prompts": ["p"], "images": [png()], "columns": {"fctor": [1]}},
+            422,
+            "no column 'fctor'. Did you mean 'factor'",
+        ),
+        ({"prompts": ["p"] * 9, "images": [png()] * 9}, 422, "9 images; at most 8"),
+        ({"prompts": ["p"], "images": ["???"]}, 422, "not base64"),
+        ({"prompts": ["p"], "images": [base64.b64encode(b"GIF89a").decode()]}, 422, "not a readable PNG"),
+        ({"prompts": ["p"], "images": [bomb()]}, 422, "12000x12000 is more than 100000 pixels"),
+        ({"prompts": ["p"], "images": [png(Image.new("L", (317, 317)))]}, 422, "317x317 is more than"),
+        ({"prompts": ["exit"], "images": [png()]}, 500, "SystemExit: 0"),
+        ({"prompts": ["time out"], "images": [png()]}, 500, "TimeoutError: no answer from the database"),
+        ({"prompts": ["raise"], "images": [png()]}, 500, "ValueError: no such file: weights.bin"),
+        ({"prompts": ["short"], "images": [png()]}, 500, "'told' returned 0 scores for 1 images"),
+        ({"prompts": ["text"], "images": [png()]}, 500, "'told' returned 'good' (str) for image 0"),
+    ],
+)
+def test_what_is_wrong_is_answered_with_its_status_and_a_sentence(http, body, status, message):
+    answer = http.post("/score/told", **({"json": body} if isinstance(body, dict) else {"content": body}))
+    assert answer.status_code == status and message in answer.json()["error"]
+
+
+def test_a_frame_with_an_empty_image_is_refused(http):
+    header = {"prompts": ["p"], "images": [{"mode": "RGB", "size": [0, 0]}]}
+    answer = http.post("/score/told", content=b"".join(wire.frame(header)))
+    assert answer.status_code == 422 and "from 1x1 on" in answer.json()["error"]
+
+
+def test_an_unknown_reward_and_a_missing_column_are_named(http):
+    answer = http.post("/score/tolt", content=frame())
+    assert answer.status_code == 404 and "Did you mean 'told'?" in answer.json()["error"]
+    answer = http.post("/score/needing", content=frame(columns={"traget": [1]}))
+    assert answer.status_code == 422 and "needs the data column 'target'" in answer.json()["error"]
+    assert http.get("/score/told").status_code == 405 and http.get("/nothing").status_code == 404
+
+
+def test_a_body_that_claims_a_gigabyte_is_refused_at_once(service):
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as raw:
+        head = (
+            f"POST /score/told HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: {10**9}\r\n\r\n"
+        )
+        raw.sendall(head.encode())
+        assert raw.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_body_without_a_length_is_cut_off_where_it_becomes_too_large(service):
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as raw:
+        head = f"POST /score/told HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nTransfer-Encoding: chunked\r\n\r\n"
+        raw.sendall(head.encode())
+        sent, piece = 0, b"10000\r\n" + b"x" * 65536 + b"\r\n"
+        try:
+            while sent < 2**30:
+                raw.sendall(piece)
+                sent += 65536
+        except ConnectionError:
+            assert sent < 2**28  # what lies in buffers is sent, and no more is taken
+        assert 2 * 2**20 - 65536 <= sent < 2**28
+
+
+def test_a_body_that_does_not_come_is_given_up(monkeypatch):
+    monkeypatch.setattr("rewards.remote.service.IDLE_SECONDS", 0.05)
+    application = App([])
+
+    async def body():
+        async def receive():
+            await asyncio.sleep(10)
+
+        request = starlette.requests.Request({"type": "http", "method": "POST", "headers": []}, receive)
+        await application._body(request, lambda count: None)
+
+    with pytest.raises(Refused, match=r"no byte of the body came for 0\.05 s") as caught:
+        asyncio.run(body())
+    assert caught.value.status == 408
+
+
+def test_a_client_that_goes_away_disturbs_nobody(service):
+    for sent in (
+        b"POST /score/told HTTP/1.1\r\n",
+        b"POST /score/told HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nxx",
+    ):
+        with socket.create_connection(("127.0.0.1", service.port), timeout=10) as raw:
+            raw.sendall(sent)
+
+
+def test_more_requests_than_may_wait_are_sent_away_for_a_while(http):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        body = frame(["sleep"], {"factor": [0.7]})
+        answers = [
+            future.result() for future in [pool.submit(http.post, "/score/told", content=body) for _ in range(6)]
+        ]
+    statuses = sorted(answer.status_code for answer in answers)
+    assert statuses == [200, 200, 200, 503, 503, 503]
+    busy = next(answer for answer in answers if answer.status_code == 503)
+    assert int(busy.headers["Retry-After"]) >= 1 and "waiting" in busy.json()["error"]
+
+
+def test_what_images_unpack_to_is_held_in_bounds_until_they_are_scored():
+    service = Service("--use", f"{ODD}:told", "--max_body_mb", "1")
+    flat = png(Image.new("1", (1024, 1024)))  # 1 MiB in memory, as much as a request may hold
+    body = {"prompts": ["sleep"], "images": [flat], "columns": {"factor": [0.3]}}
+    ask = lambda _: httpx.post(f"{service.url}/score/told", json=body, timeout=60).status_code  # noqa: E731
+    with concurrent.futures.ThreadPoolExecutor(14) as pool:
+        statuses = list(pool.map(ask, range(14)))
+    assert 1 <= statuses.count(200) <= 8 and statuses.count(503) == 14 - statuses.count(200)
+    assert ask(0) == 200  # and all of it is given back
+    service.end()
+
+
+# --- Joined requests ---
+
+
+def test_joined_requests_get_their_own_scores_and_their_own_failures():
+    service = Service("--use", f"{ODD}:careful", "--max_batch_size", "4", "--max_wait_ms", "300")
+    (here,) = load_rewards([f"{ODD}:careful"])
+    factors = [[0.5], [0.25, 2.0], [3.0], [1.0]]
+    prompts = [["a"], ["b", "c"], ["d"], ["raise"]]
+
+    def ask(n):
+        body = frame(prompts[n], {"factor": factors[n]})
+        return httpx.post(f"{service.url}/score/careful", content=body, timeout=30).json()
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        answers = list(pool.map(ask, range(4)))
+        metrics = httpx.get(f"{service.url}/metrics").text
+    service.end()
+    for n in range(3):
+        assert answers[n] == {
+            "scores": score([here], [IMAGE] * len(prompts[n]), prompts[n], {"factor": factors[n]})[0][0]
+        }
+    assert answers[3]["error"] == "ValueError: no such file: weights.bin"
+    assert 'flow_align_reward_images_total{reward="careful"} 4.0' in metrics
+
+
+# --- Workers ---
+
+
+def test_a_reward_that_dies_or_hangs_in_its_worker_leaves_the_service_up(tmp_path):
+    config = tmp_path / "service.yaml"
+    config.write_text(f"rewards:\n  - {{use: '{ODD}:told', timeout: 1, retries: 0}}\n  - {{use: '{ODD}:process_id'}}\n")
+    service = Service("--config", str(config), "--workers")
+    pid = httpx.post(f"{service.url}/score/process_id", content=frame()).json()["scores"][0]
+    assert pid != service.process.pid
+    for prompt, message in (("die", "ended with code 7"), ("hang", "longer than 1 s and was killed")):
+        answer = httpx.post(f"{service.url}/score/told", content=frame([prompt]), timeout=30)
+        assert answer.status_code == 500 and message in answer.json()["error"]
+        assert answer.json()["kind"] == "unavailable"
+        service.await_health()  # it is started again without being asked
+        assert httpx.post(f"{service.url}/score/told", content=frame(), timeout=30).json() == {"scores": expected()}
+    assert httpx.post(f"{service.url}/score/process_id", content=frame()).json()["scores"] == [pid]
+    service.end()
+    assert service.process.returncode == 0 and not Path(f"/proc/{int(pid)}").exists()
+
+
+def test_health_says_what_is_wrong_with_a_dead_worker(tmp_path):
+    flag = tmp_path / "broken"
+    (tmp_path / "fragile.py").write_text(
+        f"import os\nassert not os.path.exists({str(flag)!r}), 'the GPU fell off'\n"
+        "def fragile(images, prompts):\n    os._exit(9)\n"
+    )
+    service = Service("--use", f"{tmp_path}/fragile.py:fragile", "--workers")
+    flag.touch()
+    answer = httpx.post(f"{service.url}/score/fragile", content=frame(), timeout=60)
+    assert answer.status_code == 500
+    health = httpx.get(f"{service.url}/health")
+    assert health.status_code == 503 and health.json()["status"] == "degraded"
+    assert "GPU fell off" in health.json()["rewards"]["fragile"]["problem"]
+    service.end()
+
+
+class Sick:
+    """A reward whose worker cannot be looked after."""
+
+    def __init__(self):
+        self.revived, self.asked_in = 0, None
+
+    def __call__(self, images, prompts):
+        return [1.0 for _ in images]
+
+    def revive(self):
+        self.revived += 1
+        raise OSError("out of memory")
+
+    def problem(self):
+        self.asked_in = threading.current_thread()
+        return "out of memory"
+
+
+def sick_service():
+    sick = Sick()
+    application = App(["sick"])
+    application.lanes = {"sick": Lane(load_rewards([sick])[0], application.metrics)}
+    return sick, application
+
+
+def test_looking_after_the_workers_goes_on_whatever_one_raises(monkeypatch, caplog):
+    monkeypatch.setattr("rewards.remote.service.WATCH_SECONDS", 0.01)
+    sick, application = sick_service()
+
+    async def watch():
+        watching = asyncio.create_task(application._watch())
+        while sick.revived < 3 and not watching.done():
+            await asyncio.sleep(0.01)
+        return watching.done()
+
+    assert not asyncio.run(asyncio.wait_for(watch(), 10)) and "OSError: out of memory" in caplog.text
+
+
+def test_health_is_asked_for_beside_the_event_loop():
+    sick, application = sick_service()
+    scope = {"type": "http", "method": "GET", "path": "/health", "headers": []}
+    answer = asyncio.run(application.health(starlette.requests.Request(scope)))
+    assert answer.status_code == 503 and b"out of memory" in answer.body
+    assert sick.asked_in is not threading.current_thread()
+
+
+def test_a_service_whose_lanes_end_ends_too(monkeypatch):
+    async def run(self):
+        raise OSError("a lane ended")
+
+    monkeypatch.setattr(Lane, "run", run)
+    application, stopped = App([f"{ODD}:told"]), []
+    application.stop = lambda: stopped.append(True)
+    asyncio.run(application._work())
+    assert application.error == "OSError: a lane ended" and stopped
+
+
+# --- The program ---
+
+
+def test_sigterm_lets_the_request_under_way_end(service):
+    own = Service("--use", f"{ODD}:told")
+    body, answers = frame(["sleep"], {"factor": [1.0]}), []
+    thread = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{own.url}/score/told", content=body, timeout=30))
+    )
+    thread.start()
+    time.sleep(0.4)
+    own.end(signal.SIGTERM)
+    thread.join()
+    assert own.process.returncode == 0 and len(answers[0].json()["scores"]) == 1
+
+
+def run(*options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "rewards.serve", "--port", "0", *options]
+    return subprocess.run(command, cwd=ROOT, env=IN_CLEAR, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "no reward was given: pass --use NAME"),
+        (("--use", "shapes_exat"), "Did you mean 'shapes_exact'?"),
+        (("--use", f"{ODD}:Making"), "must take (images, prompts, ...)"),
+        (("--config", "nowhere.yaml"), "nowhere.yaml"),
+        (("--config", "configs/accelerate/single.yaml"), "has no list `rewards:`"),
+        (("--use", "shapes_exact", "--token_file", "/dev/null"), "/dev/null is empty"),
+        (("--use", "shapes_exact", "--port", "99999"), "--port: must be from 0 to 65535, found 99999"),
+        (("--use", "shapes_exact", "--max_body_mb", "nan"), "--max_body_mb: must be from 0.001 to 1048576, found nan"),
+        (("--use", "shapes_exact", "--max_queue", "few"), "--max_queue: invalid int value: 'few'"),
+    ],
+)
+def test_what_cannot_be_served_is_a_sentence_and_a_failure(options, message):
+    ended = run(*options)
+    assert ended.returncode in (1, 2) and message in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_a_token_that_no_header_can_hold_is_refused_and_not_shown(tmp_path):
+    (tmp_path / "token").write_text("gehe\u00efm\n")
+    ended = run("--use", "shapes_exact", "--token_file", str(tmp_path / "token"))
+    assert ended.returncode == 1 and "characters other than printable ASCII" in ended.stderr
+    assert "gehe" not in ended.stderr
+
+
+def test_a_digest_tells_rewards_apart_and_not_where_their_file_lies(tmp_path):
+    for folder, text in (("a", "x = 1"), ("b", "x = 1"), ("c", "x = 2")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "r.py").write_text(text)
+    files = [digest_of(f"{tmp_path / folder}/r.py:x") for folder in "abc"]
+    assert files[0] == files[1] != files[2] and files[0] != digest_of(f"{tmp_path}/a/r.py:y")
+    assert (
+        digest_of("ocr")
+        == digest_of({"use": "ocr", "name": "text", "timeout": 3})
+        == digest_of({"use": "ocr", "args": {}})
+    )
+    with_args = digest_of({"use": "ocr", "args": {"a": 1, "b": [2]}})
+    assert with_args == digest_of({"args": {"b": [2], "a": 1}, "use": "ocr"}) != digest_of("ocr")
+
+
+def test_a_port_in_use_is_named(service):
+    ended = run("--use", "shapes_exact", "--port", str(service.port))
+    assert ended.returncode == 1 and f"cannot listen on 127.0.0.1:{service.port}" in ended.stderr

@@ -1,0 +1,57 @@
+"""What an evaluation reports: means over prompts, their standard errors, and sums that compare like with like."""
+
+import math
+
+import pytest
+import torch
+
+from align.sampling.held_out import _metrics, _per_prompt, diversity
+from rewards import Reward
+
+NAN = math.nan
+
+
+def rewards(*weights: float) -> list[Reward]:
+    return [Reward(f"r{n}", lambda images, prompts: [], weight, (), ()) for n, weight in enumerate(weights)]
+
+
+def metrics(table: list[list[float]], *weights: float, samples: int = 1) -> dict[str, float]:
+    scores, shares = torch.tensor(table, dtype=torch.float64), torch.tensor([weights] * len(table))
+    return _metrics(_per_prompt(scores, rewards(*weights), samples, shares), "eval")
+
+
+def test_mean_and_standard_error_are_over_prompts():
+    found = metrics([[0.0], [1.0], [1.0], [1.0]], 1.0, samples=2)  # two prompts: means 0.5 and 1
+    assert found["eval_num_prompts"] == 2
+    assert found["eval_r0"] == pytest.approx(0.75)
+    assert found["eval_r0_se"] == pytest.approx(math.sqrt(0.125) / math.sqrt(2))  # sample std of (0.5, 1) over sqrt 2
+    assert found["eval_reward"] == found["eval_r0"]
+
+
+def test_a_measured_reward_does_not_enter_the_sum():
+    found = metrics([[1.0, 5.0], [0.0, 7.0]], 2.0, 0.0)
+    assert found["eval_reward"] == pytest.approx(1.0) and found["eval_r1"] == pytest.approx(6.0)
+
+
+def test_an_image_that_lacks_a_part_of_its_sum_is_left_out_of_the_sum():
+    found = metrics([[1.0, 1.0], [1.0, NAN]], 1.0, 1.0, samples=2)
+    assert found["eval_reward"] == pytest.approx(2.0)
+    assert found["eval_r1"] == pytest.approx(1.0)
+
+
+def test_a_reward_that_does_not_apply_to_a_prompt_is_left_out_for_that_prompt_only():
+    found = metrics([[1.0, 1.0], [1.0, NAN]], 1.0, 1.0, samples=1)
+    assert found["eval_reward"] == pytest.approx(1.5)
+
+
+def test_a_reward_that_scored_nothing_is_not_reported():
+    assert "eval_r1" not in metrics([[1.0, NAN], [0.0, NAN]], 1.0, 0.0)
+
+
+def test_diversity_is_the_root_mean_square_difference_of_pairs():
+    flat = torch.zeros(2, 3, 2, 2)
+    flat[0, 1] = 3.0  # pairs differ by 3, 0 and 3 in every element
+    found = diversity(flat)
+    assert found.tolist() == pytest.approx([2.0, 0.0])
+    noise = torch.randn(1, 40, 64, 16, generator=torch.Generator().manual_seed(0))
+    assert diversity(noise).item() == pytest.approx(math.sqrt(2), rel=0.01)
