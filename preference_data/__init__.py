@@ -1,5 +1,6 @@
-"""Reading and writing training data: prompts, captioned images, preferences and the pairs made of them.
+"""Reading and writing training data: prompts, captioned images, preferences, and the pairs made from them.
 
-This package never imports ``align``: what needs a model is handed to it. Importing it loads nothing; its parts are
-``readers`` (from files, folders, tars and hub data sets to ``schemas``), ``pairs``, ``writer``, ``inspect`` and ``prompts``.
+The package never imports ``align``: whatever needs a model is passed in. Importing it loads nothing. Its main modules
+are ``readers`` (files, folders, tars and hub data sets become objects of ``schemas``), ``pairs``, ``writer``,
+``inspect`` and ``prompts``.
 """

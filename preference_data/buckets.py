@@ -1,7 +1,8 @@
-"""Aspect-ratio buckets: the few sizes that images are trained at, so that none is ever distorted.
+"""Aspect-ratio buckets: the few sizes that images are trained at.
 
-An image goes to the bucket whose aspect ratio is nearest to its own. It is resized, its proportions kept, until it just
-covers the bucket, and what then stands over is cropped away evenly on both sides. Small images are enlarged.
+An image goes to the bucket whose aspect ratio is nearest to its own. It is resized until it just covers the bucket,
+with its proportions kept, and what extends beyond the bucket is cropped equally on both sides. No image is ever
+distorted; small images are enlarged.
 """
 
 import math
@@ -12,20 +13,26 @@ from PIL import Image
 
 
 class Bucket(NamedTuple):
-    """Pixels."""
+    """A size in pixels."""
 
     height: int
     width: int
 
 
 def make_buckets(resolution: int, cell: int, max_aspect: float = 2.0) -> list[Bucket]:
-    """Every size in multiples of ``cell`` whose area is nearest to resolution squared, up to ``max_aspect`` either way.
+    """Return the sizes in multiples of ``cell`` whose area is nearest to ``resolution`` squared.
 
-    ``max_aspect`` 1 gives the square alone. Raises ValueError when ``resolution`` is no multiple of ``cell``.
+    Args:
+        resolution: side of the square bucket in pixels.
+        cell: every height and width is a multiple of this.
+        max_aspect: longest side divided by shortest side, at most; 1 gives the square alone.
+
+    Raises:
+        ValueError: ``resolution`` is not a multiple of ``cell``, or ``max_aspect`` is below 1.
     """
     if resolution < cell or resolution % cell:
-        near = max(cell, round(resolution / cell) * cell)
-        raise ValueError(f"resolution {resolution} must be a multiple of {cell}: the nearest is {near}")
+        nearest_multiple = max(cell, round(resolution / cell) * cell)
+        raise ValueError(f"resolution {resolution} must be a multiple of {cell}: the nearest is {nearest_multiple}")
     if max_aspect < 1:
         raise ValueError(f"max_aspect_ratio must be at least 1, found {max_aspect}")
     found = set()
@@ -37,15 +44,19 @@ def make_buckets(resolution: int, cell: int, max_aspect: float = 2.0) -> list[Bu
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
-    """The bucket whose aspect ratio is nearest to that of an image, by their logarithms: 2:1 and 1:2 are alike."""
+    """Return the bucket whose aspect ratio is nearest to the image's.
+
+    Aspect ratios are compared by their logarithms, so that 2:1 and 1:2 are equally far from a square. Of two that are
+    equally near, the one with the larger area is taken.
+    """
     aspect = math.log(width / height)
     return min(buckets, key=lambda b: (abs(math.log(b.width / b.height) - aspect), -b.width * b.height))
 
 
 def fit(image: Image.Image, bucket: Bucket) -> Image.Image:
-    """``image`` resized to cover the bucket and cropped at the centre, RGB."""
+    """Resize an image to cover the bucket and crop it at the centre; the result is RGB."""
     scale = max(bucket.width / image.width, bucket.height / image.height)
-    # The box of the original that fills the bucket: one resampling for resize and crop.
+    # The box of the original that fills the bucket, so that one resampling both resizes and crops.
     box_width, box_height = bucket.width / scale, bucket.height / scale
     left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
     box = (left, top, left + box_width, top + box_height)
@@ -53,6 +64,6 @@ def fit(image: Image.Image, bucket: Bucket) -> Image.Image:
 
 
 def cropped_share(width: int, height: int, bucket: Bucket) -> float:
-    """Share of an image's area that :func:`fit` crops away, 0..1."""
-    kept = min(width / bucket.width, height / bucket.height)
-    return 1 - (bucket.width * kept) * (bucket.height * kept) / (width * height)
+    """Return the share of an image's area that :func:`fit` crops away, 0 to 1."""
+    scale = min(width / bucket.width, height / bucket.height)
+    return 1 - (bucket.width * scale) * (bucket.height * scale) / (width * height)

@@ -1,9 +1,9 @@
-"""Tensors on disk by what they were made of: an image's latents, a prompt's embeddings.
+"""A cache of tensors on disk: latents of images, embeddings of prompts.
 
-The key of an entry hashes everything that decides its content (the model's weights, the image's bytes, the size), so an
-entry made by another model, or from a picture that has changed since, is never found. Entries are files of their own,
-written under another name and then renamed: a crash leaves whole entries or none, and two processes that make the same
-entry write the same file.
+The key of an entry is a hash of everything that decides its content (the model's weights, the image's bytes, the size).
+An entry of another model, or of an image that has changed since, is therefore never found. Each entry is a file of its
+own, written under a temporary name and then renamed: a crash leaves no incomplete entry, and two processes that make
+the same entry write the same file.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 def cache_key(**made_of: Any) -> str:
-    """Hex key of an entry, from everything that decides its content, as JSON values."""
+    """Hash everything that decides an entry's content, given as JSON values, to a hexadecimal key."""
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
 class TensorCache:
-    """A folder of tensors by key."""
+    """A folder of tensors, one file per key."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
@@ -39,18 +39,21 @@ class TensorCache:
         return self.path(key).is_file()
 
     def get(self, key: str) -> Tensor | None:
-        """The tensor stored under ``key``, on the CPU; None when there is none, or its file is damaged (a warning)."""
+        """Return the tensor stored under ``key``, on the CPU, or None.
+
+        None means that there is no such entry, or that its file is damaged, which is logged as a warning.
+        """
         path = self.path(key)
         if not path.is_file():
             return None
         try:
             return load_file(path)["tensor"]
         except (SafetensorError, KeyError) as error:
-            logger.warning("cache entry %s is damaged (%s): it is made again", path, error)
+            logger.warning("cache entry %s is damaged (%s): it will be made again", path, error)
             return None
 
     def put(self, key: str, tensor: Tensor) -> None:
-        """Store a tensor under ``key``, replacing what is there."""
+        """Store a tensor under ``key``, replacing an existing entry."""
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")

@@ -1,4 +1,4 @@
-"""The cells of one row, read as what a layout expects them to be, with errors that name the column."""
+"""The cells of one row, converted to what a layout expects, with errors that name the column."""
 
 import json
 import math
@@ -6,11 +6,15 @@ from typing import Any
 
 from preference_data.images import BadRow, ImageSource
 from preference_data.rows import Row
-from preference_data.schemas import at
+from preference_data.schemas import check_number, in_column
 
 
 class Cells:
-    """Access to a row's columns. Where several names are given, the first one that is there and not null counts."""
+    """Access to the columns of a row.
+
+    Every method takes one or more column names and uses the first that exists and is neither null nor an empty list.
+    All of them but the tests :meth:`has`, :meth:`is_blank` and :meth:`is_list` raise BadRow, naming the column.
+    """
 
     def __init__(self, row: Row) -> None:
         self.row = row
@@ -18,108 +22,105 @@ class Cells:
         self.values = row.values
 
     def has(self, *columns: str) -> bool:
-        """Whether one of the columns is there with something in it: neither null nor an empty list."""
-        return any(not _nothing(self.values.get(column)) for column in columns)
+        """Whether one of the columns exists and is neither null nor an empty list."""
+        return any(not _is_empty(self.values.get(column)) for column in columns)
 
     def is_blank(self, *columns: str) -> bool:
-        """Whether there is nothing in any of the columns, or text without a letter in the first that has something."""
+        """Whether all columns are missing or empty, or the first one with a value holds only white space."""
         value = self._cell(columns)[1]
-        return _nothing(value) or (isinstance(value, str) and not value.strip())
+        return _is_empty(value) or (isinstance(value, str) and not value.strip())
 
     def is_list(self, *columns: str) -> bool:
-        """Whether the first of the columns that is there holds a list."""
-        return isinstance(_unpacked(self._cell(columns)[1]), list)
+        """Whether the value is a list."""
+        return isinstance(_decode_list(self._cell(columns)[1]), list)
 
     def _cell(self, columns: tuple[str, ...]) -> tuple[str, Any]:
+        """Return the name and the value of the column to use; if none has a value, one that exists, else the first."""
         for column in columns:
-            if not _nothing(self.values.get(column)):
+            if not _is_empty(self.values.get(column)):
                 return column, self.values[column]
-        there = next((column for column in columns if column in self.values), columns[0])
-        return there, self.values.get(there)
+        existing = next((column for column in columns if column in self.values), columns[0])
+        return existing, self.values.get(existing)
 
     def prompt(self, *columns: str) -> str:
-        """Text that is not empty."""
+        """Return text that is not empty."""
         column, value = self._cell(columns)
         if not isinstance(value, str):
             found = "nothing" if value is None else type(value).__name__
-            raise BadRow(at(self.where, column), f"expected text, found {found}")
+            raise BadRow(in_column(self.where, column), f"expected text, found {found}")
         if not value.strip():
-            raise BadRow(at(self.where, column), "the prompt is empty")
+            raise BadRow(in_column(self.where, column), "the prompt is empty")
         return value
 
     def image(self, *columns: str) -> ImageSource:
-        """One image, not read yet."""
+        """Return one image, not read yet."""
         column, value = self._cell(columns)
-        return ImageSource.of(value, at(self.where, column), self.row.folder)
+        return ImageSource.of(value, in_column(self.where, column), self.row.folder)
 
     def images(self, *columns: str) -> list[ImageSource]:
-        """A list of images, not read yet."""
+        """Return a list of images, not read yet."""
         column, value = self._cell(columns)
-        place = at(self.where, column)
-        items = _as_list(value, place)
-        return [ImageSource.of(item, f"{place}[{number}]", self.row.folder) for number, item in enumerate(items)]
+        where = in_column(self.where, column)
+        items = _as_list(value, where)
+        return [ImageSource.of(item, f"{where}[{number}]", self.row.folder) for number, item in enumerate(items)]
 
     def number(self, *columns: str, low: float = -math.inf, high: float = math.inf) -> float:
-        """A finite number from ``low`` to ``high``; a truth value counts as 0 or 1."""
+        """Return a finite number from ``low`` to ``high``; true and false count as 1 and 0."""
         column, value = self._cell(columns)
-        return _number(value, at(self.where, column), low, high)
+        return _number(value, in_column(self.where, column), low, high)
 
     def optional(self, *columns: str, low: float = -math.inf, high: float = math.inf) -> float | None:
-        """The same, or None where there is nothing."""
+        """Return the same as :meth:`number`, or None without a value."""
         return self.number(*columns, low=low, high=high) if self.has(*columns) else None
 
     def numbers(self, *columns: str, low: float = -math.inf, high: float = math.inf) -> list[float | None]:
-        """A list of numbers or nulls."""
+        """Return a list of numbers, with None for null."""
         column, value = self._cell(columns)
-        place = at(self.where, column)
-        items = enumerate(_as_list(value, place))
-        return [None if item is None else _number(item, f"{place}[{number}]", low, high) for number, item in items]
+        where = in_column(self.where, column)
+        items = enumerate(_as_list(value, where))
+        return [None if item is None else _number(item, f"{where}[{number}]", low, high) for number, item in items]
 
     def index(self, *columns: str) -> int:
-        """A whole number."""
+        """Return a whole number."""
         column, value = self._cell(columns)
-        number = _number(value, at(self.where, column), -math.inf, math.inf)
+        number = _number(value, in_column(self.where, column), -math.inf, math.inf)
         if number != int(number):
-            raise BadRow(at(self.where, column), f"expected the index of an image, found {value!r}")
+            raise BadRow(in_column(self.where, column), f"expected the index of an image, found {value!r}")
         return int(number)
 
 
-def _nothing(value: Any) -> bool:
+def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, (list, tuple)) and not value)
 
 
-def _number(value: Any, place: str, low: float, high: float) -> float:
+def _number(value: Any, where: str, low: float, high: float) -> float:
     if value is None:
-        raise BadRow(place, "expected a number, found nothing")
+        raise BadRow(where, "expected a number, found nothing")
     if not isinstance(value, (bool, int, float, str)):
-        raise BadRow(place, f"expected a number, found {type(value).__name__}")
+        raise BadRow(where, f"expected a number, found {type(value).__name__}")
     try:
         number = float(value)
     except ValueError:
-        raise BadRow(place, f"expected a number, found {value!r}") from None
+        raise BadRow(where, f"expected a number, found {value!r}") from None
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
-        raise BadRow(place, f"{value} is no finite number")
-    if not low <= number <= high:
-        limits = f"{low:g} to {high:g}" if high < math.inf else f"from {low:g} on"
-        raise BadRow(place, f"{value} is out of range: {limits}")
+    check_number(number, where, low, high)
     return number
 
 
-def _unpacked(value: Any) -> Any:
-    """A list in a CSV cell is written as JSON."""
+def _decode_list(value: Any) -> Any:
+    """Decode a list in a CSV cell, which is written as JSON; return anything else unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value)
         except ValueError:
-            return value  # whoever needs a list says that this is none
+            return value  # a caller that needs a list raises the error
     return value
 
 
-def _as_list(value: Any, place: str) -> list[Any]:
-    value = _unpacked(value)
+def _as_list(value: Any, where: str) -> list[Any]:
+    value = _decode_list(value)
     if not isinstance(value, (list, tuple)):
         found = "nothing" if value is None else type(value).__name__
-        raise BadRow(place, f"expected a list, found {found}")
+        raise BadRow(where, f"expected a list, found {found}")
     return list(value)

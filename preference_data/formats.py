@@ -1,35 +1,38 @@
-"""The column layouts of public data sets and of one's own, and how a row of each becomes a schema.
+"""The known column layouts, and how a row of each becomes an object of :mod:`preference_data.schemas`.
 
-Where a layout is public, it is as the data set's card or loading script on the hub has it: Pick-a-Pic v2
+Some are our own; the others follow the card or loading script of a public data set on the hub: Pick-a-Pic v2
 (yuvalkirstain/pickapic_v2), HPDv2 (ymhao/HPDv2), HPDv3 (MizzenAI/HPDv3), ImageRewardDB (THUDM/ImageRewardDB). Columns
-beyond those named here are left alone.
+that are not named here are ignored.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from preference_data.cells import Cells
+from preference_data.hints import did_you_mean, nearest
 from preference_data.images import BadRow
 from preference_data.rows import Row
-from preference_data.schemas import BestWorst, CaptionedImage, Pair, Preference, Ranked, ReferenceWorst, at
+from preference_data.schemas import BestWorst, CaptionedImage, Pair, Preference, Ranked, ReferenceWorst, in_column
 
-#: Columns that hold the prompt, the first of them that is there.
+#: Columns that may hold the prompt; the first one that exists is used.
 PROMPT = ("prompt", "caption", "text")
-#: Columns that hold the image of a captioned row.
+#: Columns that may hold the image of a captioned row; the first one that exists is used.
 IMAGE = ("image", "jpg", "png", "image_path", "file_path")
 
 
 def _pickapic(cells: Cells) -> Preference | None:
-    """Pick-a-Pic v2: labels 1 and 0, or 0.5 and 0.5 for a tie; rows without ``has_label`` were never judged.
+    """Read Pick-a-Pic v2: labels 1 and 0, or 0.5 and 0.5 for a tie.
 
-    Labels in between, as of several annotators, are shares of votes.
+    Other labels, as several annotators give them, are shares of votes. A row whose ``has_label`` is false was never
+    judged.
     """
     if cells.has("has_label") and not cells.number("has_label"):
         return None
     labels = [cells.number(label, low=0, high=1) for label in ("label_0", "label_1")]
     if abs(sum(labels) - 1) > 1e-3:
-        raise BadRow(at(cells.where, "label_0"), f"the labels {labels[0]:g} and {labels[1]:g} do not add up to 1")
+        raise BadRow(
+            in_column(cells.where, "label_0"), f"the labels {labels[0]:g} and {labels[1]:g} do not add up to 1"
+        )
     images = [cells.image("jpg_0"), cells.image("jpg_1")]
     best = int(labels[1] > labels[0])
     return Pair(
@@ -38,9 +41,10 @@ def _pickapic(cells: Cells) -> Preference | None:
 
 
 def _hpdv2(cells: Cells) -> Preference | None:
-    """HPDv2: in train ``human_preference``, 1 for the preferred of two; in test ``rank``, averaged, lower is better.
+    """Read HPDv2.
 
-    The images stand in ``image_path``, in the card's text in ``file_path``.
+    The split train has ``human_preference``, 1 for the preferred one of two images; test has ``rank``, an average,
+    lower is better. The images are in ``image_path``, which the data set's card calls ``file_path``.
     """
     images = cells.images("image_path", "file_path", "image", "images")
     if cells.has("human_preference"):
@@ -56,15 +60,16 @@ def _hpdv2(cells: Cells) -> Preference | None:
 
 
 def _hpdv3(cells: Cells) -> Preference | None:
-    """HPDv3: ``path1`` is preferred. ``confidence`` as given, else the share of ``choice_dist``, the votes for each.
+    """Read HPDv3, where ``path1`` is the preferred image.
 
-    The confidence of HPDv3 weighs annotators by how reliable they are, and is null where there was none.
+    The confidence is the data set's, which weights annotators by their reliability; where it is null, the share of the
+    votes in ``choice_dist``.
     """
     confidence, annotators = cells.optional("confidence", low=0, high=1), 1
     if cells.has("choice_dist"):
         votes = [vote or 0.0 for vote in cells.numbers("choice_dist", low=0)]
         if len(votes) != 2:
-            raise BadRow(at(cells.where, "choice_dist"), f"expected votes for two images, found {len(votes)}")
+            raise BadRow(in_column(cells.where, "choice_dist"), f"expected votes for two images, found {len(votes)}")
         total = sum(votes)
         annotators = max(1, round(total))
         if confidence is None and total:
@@ -74,7 +79,7 @@ def _hpdv3(cells: Cells) -> Preference | None:
 
 
 def _imagerewarddb(cells: Cells) -> Preference | None:
-    """ImageRewardDB, the rows of one prompt together: ``rank`` from 1, the best; without it ``overall_rating``, 1 to 7."""
+    """Read ImageRewardDB, the rows of one prompt joined: ``rank`` (1 is the best), else ``overall_rating`` (1 to 7)."""
     images = cells.images("images", "generations", "image", "image_path")
     if cells.has("rank", "ranking"):
         scores = [None if rank is None else -rank for rank in cells.numbers("rank", "ranking", low=1)]
@@ -84,7 +89,10 @@ def _imagerewarddb(cells: Cells) -> Preference | None:
 
 
 def _pairs(cells: Cells) -> Preference | None:
-    """TRL's ``prompt``, ``chosen``, ``rejected``, with ``margin`` or both scores, and ``confidence``, where there are."""
+    """Read TRL's ``prompt``, ``chosen``, ``rejected``.
+
+    Optional are ``margin`` or both of ``chosen_score`` and ``rejected_score``, ``confidence``, and ``annotators``.
+    """
     margin = cells.optional("margin")
     if margin is None and cells.has("chosen_score") and cells.has("rejected_score"):
         margin = cells.number("chosen_score") - cells.number("rejected_score")
@@ -100,39 +108,41 @@ def _pairs(cells: Cells) -> Preference | None:
 
 
 def _ranked(cells: Cells) -> Preference | None:
-    """``prompt``, ``images``, ``scores``: higher is better, null is not scored. What the writer writes."""
+    """Read ``prompt``, ``images``, ``scores``, as the writer writes them: higher is better, null is not scored."""
     return Ranked(cells.prompt(*PROMPT), cells.images("images"), cells.numbers("scores"), where=cells.where)
 
 
 def _best_worst(cells: Cells) -> Preference | None:
-    """``prompt``, ``images`` and the indices (from 0) of ``best`` and ``worst``."""
+    """Read ``prompt``, ``images`` and the indices ``best`` and ``worst``, from 0."""
     best, worst = cells.index("best"), cells.index("worst")
     return BestWorst(cells.prompt(*PROMPT), cells.images("images"), best, worst, where=cells.where)
 
 
 def _reference_worst(cells: Cells) -> Preference | None:
-    """``prompt``, a ``reference`` image, ``images`` and the index (from 0) of the ``worst``."""
+    """Read ``prompt``, a ``reference`` image, ``images`` and the index ``worst``, from 0."""
     images, worst = cells.images("images"), cells.index("worst")
     return ReferenceWorst(cells.prompt(*PROMPT), cells.image("reference"), images, worst, where=cells.where)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A column layout. required: of each of these, one column must be there. build: None for a row without a judgement.
+    """A column layout.
 
-    by_prompt: rows with one image each, of which those of one ``prompt_id`` belong together.
+    required: groups of names; of each group one column must exist. build: makes a preference of a row, or None of a row
+    that nobody judged. one_image_rows: each row has one image, and those with the same ``prompt_id`` are joined.
     """
 
     name: str
     required: tuple[tuple[str, ...], ...]
     build: Callable[[Cells], Preference | None]
-    by_prompt: bool = False
+    one_image_rows: bool = False
 
-    def lacking(self, columns: list[str]) -> list[tuple[str, ...]]:
+    def missing(self, columns: list[str]) -> list[tuple[str, ...]]:
+        """Return the groups of names of which ``columns`` has none."""
         return [names for names in self.required if not set(names) & set(columns)]
 
 
-#: In the order in which they are tried: a layout that another one's columns would satisfy comes later.
+#: In the order in which they are tried. A layout that the columns of another one satisfy too comes after it.
 LAYOUTS = {
     layout.name: layout
     for layout in (
@@ -151,7 +161,7 @@ LAYOUTS = {
                 ("prompt_id", "generations"),
             ),
             _imagerewarddb,
-            by_prompt=True,
+            one_image_rows=True,
         ),
         Layout(
             "hpdv2",
@@ -163,54 +173,47 @@ LAYOUTS = {
 _CAPTIONED = (IMAGE, PROMPT)
 
 
+class CaptionedNotPreferences(ValueError):
+    """The columns are those of captioned images, not of preferences."""
+
+
 def find_layout(columns: list[str], source: str, name: str | None = None) -> Layout:
-    """The layout of that name, or else the one that the columns fit.
+    """Return the layout of that name, or else the first one that the columns fit.
 
     Raises:
-        ValueError: an unknown name; columns that fit none, or not the one asked for. It says what was found, which
-            layout is nearest, and what that one lacks.
+        ValueError: an unknown name, or columns that do not fit. The message says what was found, which layout is
+            nearest, and which columns it needs. :class:`CaptionedNotPreferences` where they fit captioned images.
     """
     if name is not None and name not in LAYOUTS:
-        close = get_close_matches(name, LAYOUTS, n=1, cutoff=0.5)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown format {name!r}.{hint} There are: {', '.join(LAYOUTS)}")
-    tried = [LAYOUTS[name]] if name is not None else list(LAYOUTS.values())
-    for layout in tried:
-        if not layout.lacking(columns):
+        raise ValueError(f"unknown format {name!r}.{nearest(name, LAYOUTS)}")
+    candidates = [LAYOUTS[name]] if name is not None else list(LAYOUTS.values())
+    for layout in candidates:
+        if not layout.missing(columns):
             return layout
     if name is None and all(set(names) & set(columns) for names in _CAPTIONED):
-        raise ValueError(
-            f"{source} holds captioned images, for read_captioned, not preferences: it has the columns {columns}"
+        raise CaptionedNotPreferences(
+            f"{source} holds captioned images, not preferences: read it with read_captioned. It has the columns {columns}."
         )
-    nearest = min(tried, key=lambda layout: len(layout.lacking(columns)) / len(layout.required))
-    lacking = nearest.lacking(columns)
-    close = get_close_matches(lacking[0][0], columns, n=1, cutoff=0.5)
-    hint = f" Did you mean to rename {close[0]!r}?" if close else ""
-    asked = (
-        f"is not of the format {name!r}, which" if name else f"is of no known format; the nearest, {nearest.name!r},"
-    )
-    names = " and ".join(" or ".join(map(repr, names)) for names in lacking)
-    raise ValueError(f"{source} {asked} needs the column {names}. It has the columns {columns}.{hint}")
+    closest = min(candidates, key=lambda layout: len(layout.missing(columns)) / len(layout.required))
+    missing = closest.missing(columns)
+    problem = f"does not have the format {name!r}, which"
+    if name is None:
+        problem = f"has no known format; the nearest one, {closest.name!r},"
+    needed = " and ".join(" or ".join(map(repr, names)) for names in missing)
+    unused = [column for column in columns if not any(column in names for names in closest.required)]
+    hint = did_you_mean(missing[0][0], unused, "Did you mean to rename")
+    raise ValueError(f"{source} {problem} needs the column {needed}. It has the columns {columns}.{hint}")
 
 
-def by_prompt(rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
-    """Rows with one image each, joined into one row for each ``prompt_id``; rows with lists pass through.
+def join_one_image_rows(rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
+    """Join consecutive rows with one image each and the same ``prompt_id`` into one row.
 
-    The rows of a prompt must stand together, as in the published files: to gather them from everywhere, the whole set
-    would have to fit in memory. A prompt that comes up again later is a BadRow.
+    Rows that hold a list of images pass through. The rows of a prompt must follow each other, as in the published
+    files: gathering them from the whole data set would need memory for all of it. A prompt that appears again later is
+    yielded as a BadRow.
     """
     group: list[Cells] = []
     seen: set[object] = set()
-
-    def joined() -> Row:
-        first, last = group[0], group[-1]
-        values = {"prompt": first.row.values.get("prompt"), "images": [cells.values["image"] for cells in group]}
-        for column in ("rank", "overall_rating"):
-            if all(cells.has(column) for cells in group):
-                values[column] = [cells.values[column] for cells in group]
-        where = first.where if len(group) == 1 else f"{first.where} to {last.where.rpartition(' ')[2]}"
-        return Row(where, values, first.row.folder)
-
     for row in rows:
         if isinstance(row, BadRow):
             yield row
@@ -221,34 +224,51 @@ def by_prompt(rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
             continue
         key = row.values["prompt_id"]
         if group and key != group[0].values["prompt_id"]:
-            yield joined()
+            yield _join(group)
             group = []
         if not group and key in seen:
-            yield BadRow(at(row.where, "prompt_id"), f"the rows of {key!r} do not stand together: sort them by it")
+            yield BadRow(
+                in_column(row.where, "prompt_id"),
+                f"the rows of {key!r} do not follow each other: sort the data by this column",
+            )
             continue
         try:
             image = cells.image("image", "image_path")
             image.check()
-        except BadRow as error:  # it costs its own row, not its neighbours
+        except BadRow as error:  # only this row is lost, not the others of its prompt
             yield error
             continue
         seen.add(key)
         group.append(Cells(Row(row.where, {**row.values, "image": image}, row.folder)))
     if group:
-        yield joined()
+        yield _join(group)
+
+
+def _join(group: list[Cells]) -> Row:
+    """Make one row of the rows of a prompt; a judgement that not all of them have is left out."""
+    first, last = group[0], group[-1]
+    values = {"prompt": first.row.values.get("prompt"), "images": [cells.values["image"] for cells in group]}
+    for column in ("rank", "overall_rating"):
+        if all(cells.has(column) for cells in group):
+            values[column] = [cells.values[column] for cells in group]
+    where = first.where if len(group) == 1 else f"{first.where} to {last.where.rpartition(' ')[2]}"
+    return Row(where, values, first.row.folder)
 
 
 def captioned(row: Row, trigger: str | None) -> CaptionedImage:
-    """A captioned image; ``trigger`` is put before the caption, and stands alone where there is none or an empty one.
+    """Make a captioned image of a row.
+
+    Args:
+        trigger: a word that is put before the caption, and is the caption where there is none or an empty one.
 
     Raises:
-        BadRow: no caption or an empty one and no trigger, or no image.
+        BadRow: no image, or neither a caption nor a trigger.
     """
     cells = Cells(row)
     image = cells.image(*IMAGE)
     if trigger is None:
         if not cells.has(*PROMPT):
-            raise BadRow(row.where, "the image has no caption: give it one, or give all of them a trigger word")
+            raise BadRow(row.where, "the image has no caption: write one, or set a trigger word for all images")
         return CaptionedImage(cells.prompt(*PROMPT), image, where=row.where)
     prompt = trigger if cells.is_blank(*PROMPT) else f"{trigger}, {cells.prompt(*PROMPT)}"
     return CaptionedImage(prompt, image, where=row.where)

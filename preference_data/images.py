@@ -1,4 +1,4 @@
-"""Images that are not read yet, and the error that names the row they stand in."""
+"""Images that are not read yet, and the error for a row that cannot be used."""
 
 import hashlib
 import io
@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-#: What Pillow's decoders raise on bytes that are no whole image. They agree on no one type.
+#: What Pillow's decoders raise for bytes that are not a complete image; they have no error type in common.
 _DECODING = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, KeyError, TypeError)
 _BOMB = Image.DecompressionBombError
 _ORIENTATION = 0x0112  # the EXIF tag
-_TURNED = (5, 6, 7, 8)  # its values that exchange width and height
+_SIDEWAYS = (5, 6, 7, 8)  # the tag's values that swap width and height
 
 
 class BadRow(ValueError):
-    """A row, or an image in it, that cannot be used. ``str()`` of it begins with where: file, row, column."""
+    """A row, or an image in it, that cannot be used. The message begins with ``where``: file, row, column."""
 
     def __init__(self, where: str, problem: str) -> None:
-        super().__init__(where, problem)  # both kept in args, so that it survives the way out of a worker process
+        super().__init__(where, problem)  # both in args, so that the error can be pickled by a worker process
         self.where = where
         self.problem = problem
 
@@ -35,10 +35,10 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class ImageSource:
-    """An image that is not read yet. Make one with :meth:`of`; exactly one of the last three fields is set.
+    """An image that is not read yet; make one with :meth:`of`. Exactly one of the last three fields is set.
 
-    where: for messages: "file.parquet, row 3, column 'jpg_0'". path: of the encoded file. data: the encoded bytes.
-    picture: an image already in memory.
+    where: its place for messages, such as "file.parquet, row 3, column 'jpg_0'". path: the encoded file. data: the
+    encoded bytes. picture: an image already decoded.
     """
 
     where: str
@@ -48,16 +48,16 @@ class ImageSource:
 
     @classmethod
     def of(cls, value: Any, where: str, folder: Path | None = None) -> "ImageSource":
-        """Whatever a data set holds as an image, not read yet.
+        """Make a source of whatever a data set holds as an image, without reading it.
 
         Args:
-            value: a path (relative to ``folder``), encoded bytes, ``{"bytes": ..., "path": ...}`` of which the bytes
-                come first, a PIL image, or an ImageSource, which is returned as it is.
-            where: named by every error.
+            value: a path (relative to ``folder``), encoded bytes, ``{"bytes": ..., "path": ...}`` whose bytes take
+                precedence, a PIL image, or an ImageSource, which is returned unchanged.
+            where: the image's place, with which every error begins.
             folder: the data file's folder; None for the working folder.
 
         Raises:
-            BadRow: nothing there, a URL, or another type.
+            BadRow: there is no image, or it is a URL or of another type.
         """
         if isinstance(value, ImageSource):
             return value
@@ -76,13 +76,14 @@ class ImageSource:
         if not isinstance(value, (str, os.PathLike)):
             raise BadRow(where, f"expected an image (a path, bytes or a PIL image), found {type(value).__name__}")
         path = Path(value).expanduser()
-        return cls(where, path=path if folder is None else folder / path)  # an absolute path stays what it is
+        return cls(where, path=path if folder is None else folder / path)  # an absolute path stays as it is
 
     def check(self) -> None:
-        """Raise BadRow if the file is missing or empty. Reads nothing."""
-        self._bytes_on_disk()
+        """Raise BadRow if the file is missing or empty, without reading it."""
+        self._file_size()
 
-    def _bytes_on_disk(self) -> int:
+    def _file_size(self) -> int:
+        """Return the size of the file in bytes, or -1 without a file; raise BadRow if it is missing or empty."""
         if self.path is None:
             return -1
         try:
@@ -90,7 +91,7 @@ class ImageSource:
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
             raise BadRow(self.where, self._unreadable(error)) from None
         if not self.path.is_file():
-            raise BadRow(self.where, f"the image {self.path} is no file")
+            raise BadRow(self.where, f"the image {self.path} is not a file")
         if not size:
             raise BadRow(self.where, f"the image {self.path} has no bytes")
         return size
@@ -101,7 +102,7 @@ class ImageSource:
         return f"the image {self.path} cannot be read: {error}"
 
     def read(self) -> bytes:
-        """The encoded bytes; of a picture in memory those of a PNG. Raises BadRow if the file cannot be read."""
+        """Return the encoded bytes, as PNG for a picture in memory; raise BadRow if the file cannot be read."""
         if self.data is not None:
             return self.data
         if self.picture is not None:
@@ -116,41 +117,41 @@ class ImageSource:
             raise BadRow(self.where, self._unreadable(error)) from None
 
     def open(self) -> Image.Image:
-        """The image decoded: RGB, EXIF orientation applied, transparency on white.
+        """Decode the image to RGB, with its EXIF orientation applied and transparency put on white.
 
         Raises:
-            BadRow: missing, broken or cut short, or of more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
+            BadRow: missing, broken, cut short, or with more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
         """
         encoded = self.picture if self.picture is not None else io.BytesIO(self.read())
         try:
             image = encoded if isinstance(encoded, Image.Image) else Image.open(encoded)
             self._check_pixels(image)
             image.load()
-            return _flat(ImageOps.exif_transpose(image))
+            return _to_rgb(ImageOps.exif_transpose(image))
         except BadRow:
             raise
         except (*_DECODING, _BOMB) as error:
-            raise BadRow(self.where, f"the image{self._named()} is broken: {error}") from None
+            raise BadRow(self.where, f"the image{self._path_for_message()} is broken: {error}") from None
 
     def size(self) -> tuple[int, int]:
-        """(width, height) as :meth:`open` would give it, from the header alone. Raises BadRow without one."""
+        """Return the (width, height) that :meth:`open` would give, from the header alone; raise BadRow without one."""
         if self.picture is not None:
-            return _turned_size(self.picture)
+            return _upright_size(self.picture)
         with self._header() as image:
-            # Pillow looks for EXIF behind a PNG's pixels, and decodes them all to get there: only if it is there.
+            # Pillow looks for EXIF after a PNG's pixels too, and decodes all of them to get there: only if necessary.
             if image.format == "PNG" and "exif" not in image.info and b"eXIf" not in self.read():
                 return image.size
-            return _turned_size(image)
+            return _upright_size(image)
 
     def check_header(self) -> None:
-        """Raise BadRow if the file is missing or empty, or begins like no image. Reads no more than its beginning."""
+        """Raise BadRow if the file is missing, empty or has no image's header. Only the header is read."""
         if self.picture is None:
             with self._header():
                 return
 
     @contextmanager
     def _header(self) -> Iterator[Image.Image]:
-        """The encoded image, of which nothing but the header is read yet."""
+        """Give the encoded image with only its header read."""
         self.check()
         file = self.path if self.path is not None else io.BytesIO(self.read())
         try:
@@ -160,21 +161,22 @@ class ImageSource:
         except BadRow:
             raise
         except (*_DECODING, _BOMB) as error:
-            raise BadRow(self.where, f"the image{self._named()} is broken: {error}") from None
+            raise BadRow(self.where, f"the image{self._path_for_message()} is broken: {error}") from None
 
     def _check_pixels(self, image: Image.Image) -> None:
-        """Pillow itself only warns from this limit on, and refuses from twice of it."""
+        # Pillow itself only warns above this limit, and raises above twice the limit.
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and image.width * image.height > limit:
             raise BadRow(
-                self.where, f"the image{self._named()} has {image.width}x{image.height} pixels, more than {limit}"
+                self.where,
+                f"the image{self._path_for_message()} has {image.width}x{image.height} pixels, more than {limit}",
             )
 
-    def _named(self) -> str:
+    def _path_for_message(self) -> str:
         return "" if self.path is None else f" {self.path}"
 
     def digest(self) -> str:
-        """sha256 of the encoded bytes; of a picture in memory that of its mode, size and pixels."""
+        """Return the SHA-256 of the encoded bytes, or of a decoded picture's mode, size and pixels."""
         if self.picture is None:
             return hashlib.sha256(self.read()).hexdigest()
         try:
@@ -184,7 +186,7 @@ class ImageSource:
         return hashlib.sha256(f"{self.picture.mode} {self.picture.size} ".encode() + pixels).hexdigest()
 
     def same_as(self, other: "ImageSource") -> bool:
-        """Whether both have one :meth:`digest`; sizes are compared first, so that most pairs cost no reading."""
+        """Whether both have the same :meth:`digest`; lengths are compared first, so that most pairs are not read."""
         if self is other or (self.path is not None and self.path == other.path):
             return True
         if (self.picture is None) is not (other.picture is None):
@@ -194,16 +196,16 @@ class ImageSource:
         return self.digest() == other.digest()
 
     def _length(self) -> int:
-        return len(self.data) if self.data is not None else self._bytes_on_disk()
+        return len(self.data) if self.data is not None else self._file_size()
 
 
-def _turned_size(image: Image.Image) -> tuple[int, int]:
+def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
-    return (height, width) if image.getexif().get(_ORIENTATION) in _TURNED else (width, height)
+    return (height, width) if image.getexif().get(_ORIENTATION) in _SIDEWAYS else (width, height)
 
 
-def _flat(image: Image.Image) -> Image.Image:
-    """RGB, with what is transparent on white, and 16 bits a channel brought down to 8 instead of clipped."""
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB: transparency is put on white, and 16 bits a channel are scaled to 8 instead of clipped."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         scaled = values // 257 if values.size and values.max() > 255 else values

@@ -1,10 +1,12 @@
-"""What is in a preference data set: ``python -m preference_data.inspect PATH``.
+"""Show what a preference data set contains: ``python -m preference_data.inspect PATH``.
 
-Prints counts, ties, margins, sizes, broken rows and prompts, and with ``--sheet FILE.png`` draws some of the pairs,
-win left and lose right. It reads the whole set once, one row at a time; ``--fast`` looks at the images' headers only.
+Prints counts, ties, margins, sizes, broken rows and prompts. With ``--sheet FILE.png`` it draws some of the pairs, the
+chosen image left and the rejected one right. The data set is read once, one row at a time; ``--fast`` reads only the
+images' headers.
 """
 
 import argparse
+import math
 import random
 import statistics
 import sys
@@ -17,15 +19,16 @@ from hashlib import blake2b
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from preference_data.formats import LAYOUTS
+from preference_data.formats import LAYOUTS, CaptionedNotPreferences
 from preference_data.images import BadRow, ImageSource
 from preference_data.pairs import STRATEGIES, PairCounts, build_pairs
 from preference_data.readers import Records, read_captioned, read_preferences
 from preference_data.schemas import Pair, Record
 
-_BINS = 10
-_BAR = 30
-_SIZES = 8  # most frequent sizes printed
+_BINS = 10  # of a histogram
+_BAR = 30  # characters
+_SIZES = 8  # most frequent image sizes printed
+# Pixels of the sheet.
 _TILE = 192
 _CAPTION = 34
 _GAP = 8
@@ -33,14 +36,14 @@ _GAP = 8
 
 @dataclass
 class Findings:
-    """What one pass gathers: a number or two for each record, and never an image."""
+    """What a pass over the data set gathers: a few numbers for each record, and small copies of some images."""
 
     margins: array = field(default_factory=lambda: array("d"))
     confidences: array = field(default_factory=lambda: array("d"))
     lengths: array = field(default_factory=lambda: array("l"))
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     prompts: Counter[bytes] = field(default_factory=Counter)  # by digest
-    shown: list[tuple[int, str, list[Image.Image]]] = field(default_factory=list)  # with its place in the data
+    sampled: list[tuple[int, str, list[Image.Image]]] = field(default_factory=list)  # index in the data, prompt, images
     offered: int = 0
     _random: random.Random = field(default_factory=lambda: random.Random(0))
 
@@ -56,23 +59,23 @@ class Findings:
         if pair.confidence is not None:
             self.confidences.append(pair.confidence)
 
-    def offer(self, prompt: str, images: Sequence[ImageSource], room: int) -> None:
-        """Keep small copies for the sheet, so that in the end ``room`` of all that were offered, drawn alike, are kept."""
-        place, self.offered = self.offered, self.offered + 1
-        slot = len(self.shown) if len(self.shown) < room else self._random.randrange(self.offered)
-        if slot < room:
+    def sample(self, prompt: str, images: Sequence[ImageSource], size: int) -> None:
+        """Add to a uniform random sample of ``size`` of all that is passed (reservoir sampling), as small copies."""
+        index, self.offered = self.offered, self.offered + 1
+        slot = len(self.sampled) if len(self.sampled) < size else self._random.randrange(self.offered)
+        if slot < size:
             small = [ImageOps.contain(image.open(), (_TILE, _TILE)) for image in images]
-            self.shown[slot : slot + 1] = [(place, prompt, small)]
+            self.sampled[slot : slot + 1] = [(index, prompt, small)]
 
-    def drawn(self) -> list[tuple[str, list[Image.Image]]]:
-        """What was kept, in the order of the data."""
-        return [(prompt, images) for _, prompt, images in sorted(self.shown, key=lambda kept: kept[0])]
+    def in_order(self) -> list[tuple[str, list[Image.Image]]]:
+        """Return the sampled prompts and images in the order of the data."""
+        return [(prompt, images) for _, prompt, images in sorted(self.sampled, key=lambda entry: entry[0])]
 
 
-def gather(records: Records, strategy: str, min_margin: float, shown: int) -> tuple[Findings, PairCounts | None]:
-    """One pass over the records: what was found, and what pairs they make; None for captioned images.
+def gather(records: Records, strategy: str, min_margin: float, sheet_size: int) -> tuple[Findings, PairCounts | None]:
+    """Read all records once, and return what was found and the counts of their pairs, None for captioned images.
 
-    An image that breaks only when its header or its pixels are looked at here joins the report's bad rows.
+    An image that turns out to be broken is added to the bad rows of the records' report.
     """
     findings = Findings()
     captioned = records.format == "captioned"
@@ -88,24 +91,24 @@ def gather(records: Records, strategy: str, min_margin: float, shown: int) -> tu
 
     if captioned:
         for record in measured():
-            _offer(findings, records, record.prompt, record.sources(), shown)
+            _sample(findings, records, record.prompt, record.sources(), sheet_size)
         return findings, None
     pairs = build_pairs(measured(), strategy, min_margin=min_margin)  # type: ignore[arg-type]
     for pair in pairs:
         findings.add_pair(pair)
-        _offer(findings, records, pair.prompt, pair.sources(), shown)
+        _sample(findings, records, pair.prompt, pair.sources(), sheet_size)
     return findings, pairs.counts
 
 
-def _offer(findings: Findings, records: Records, prompt: str, images: Sequence[ImageSource], room: int) -> None:
+def _sample(findings: Findings, records: Records, prompt: str, images: Sequence[ImageSource], size: int) -> None:
     try:
-        findings.offer(prompt, images, room)
+        findings.sample(prompt, images, size)
     except BadRow as error:
         records.report.skip(error)
 
 
 def describe(records: Records, findings: Findings, counts: PairCounts | None, strategy: str) -> str:
-    """The text that is printed."""
+    """Return the text that is printed."""
     lines = [str(records.report)]
     if counts is not None:
         lines.append(f"pairs ({strategy}): {counts}")
@@ -127,7 +130,7 @@ def _spread(values: array) -> tuple[float, float, float]:
 
 
 def _numbers(name: str, values: array) -> list[str]:
-    """Spread and histogram of what the pairs have of it; nothing where no pair has any."""
+    """Return the lines of a spread and a histogram, or none without values."""
     if not values:
         return []
     low, middle, high = _spread(values)
@@ -143,32 +146,32 @@ def _numbers(name: str, values: array) -> list[str]:
     return lines
 
 
-def sheet(shown: Sequence[tuple[str, list[Image.Image]]], *, pairs: bool) -> Image.Image:
-    """A contact sheet: rows of two tiles (win left, lose right) or one, each with its prompt below."""
-    each = 2 if pairs else 1
-    across = 3 if pairs else 6
-    cell = (each * _TILE + (each - 1) * 2 + _GAP, _TILE + _CAPTION + _GAP)
-    across = max(1, min(across, len(shown)))
-    down = max(1, -(-len(shown) // across))
-    canvas = Image.new("RGB", (across * cell[0] + _GAP, down * cell[1] + _GAP), "white")
+def sheet(examples: Sequence[tuple[str, list[Image.Image]]], *, pairs: bool) -> Image.Image:
+    """Draw a contact sheet of examples, each a pair of tiles (chosen left, rejected right) or one, with its prompt."""
+    tiles = 2 if pairs else 1
+    columns = max(1, min(3 if pairs else 6, len(examples)))
+    rows = max(1, math.ceil(len(examples) / columns))
+    width, height = tiles * _TILE + (tiles - 1) * 2 + _GAP, _TILE + _CAPTION + _GAP
+    canvas = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP), "white")
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(size=12)
-    for number, (prompt, images) in enumerate(shown):
-        left, top = _GAP + number % across * cell[0], _GAP + number // across * cell[1]
-        for place, image in enumerate(images):
-            corner = left + place * (_TILE + 2)
+    for number, (prompt, images) in enumerate(examples):
+        row, column = divmod(number, columns)
+        left, top = _GAP + column * width, _GAP + row * height
+        for tile, image in enumerate(images):
+            corner = left + tile * (_TILE + 2)
             canvas.paste(image, (corner + (_TILE - image.width) // 2, top + (_TILE - image.height) // 2))
-            colour = ("green", "red")[place] if pairs else "grey"
+            colour = ("green", "red")[tile] if pairs else "grey"
             draw.rectangle((corner - 1, top - 1, corner + _TILE, top + _TILE), outline=colour)
-        text = _fitting(prompt, each * _TILE, draw, font)
+        text = _two_lines(prompt, tiles * _TILE, draw, font)
         draw.multiline_text((left, top + _TILE + 3), text, fill="black", font=font, spacing=2)
     return canvas
 
 
-def _fitting(
+def _two_lines(
     prompt: str, width: int, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 ) -> str:
-    """The prompt's beginning on two lines, broken between letters, as not every script has spaces."""
+    """Return the prompt's beginning on two lines, broken at a space or, as in scripts without any, between letters."""
     rest, lines = " ".join(prompt.split()), []
     for _ in range(2):
         fits = len(rest)
@@ -188,15 +191,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m preference_data.inspect", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("path", help="a file, a folder or a hub data set")
-    parser.add_argument("--format", choices=[*LAYOUTS, "captioned"], help="told from the columns, if not given")
+    parser.add_argument("--format", choices=[*LAYOUTS, "captioned"], help="default: found from the columns")
     parser.add_argument("--split", default="train")
     parser.add_argument("--strategy", choices=STRATEGIES, default="best_worst")
     parser.add_argument("--min_margin", type=float, default=0.0)
-    parser.add_argument("--trigger", help="for captioned images: a word for all of them")
-    parser.add_argument("--streaming", action="store_true", help="of a hub data set: without downloading it first")
-    parser.add_argument("--fast", action="store_true", help="look at the images' headers only")
+    parser.add_argument("--trigger", help="for captioned images: a word that is put before every caption")
+    parser.add_argument("--streaming", action="store_true", help="read a hub data set without downloading it first")
+    parser.add_argument("--fast", action="store_true", help="read only the images' headers")
     parser.add_argument("--sheet", help="write a contact sheet, PNG")
-    parser.add_argument("--pairs", type=int, default=12, help="how many pairs the sheet shows, drawn from all")
+    parser.add_argument("--pairs", type=int, default=12, help="how many random pairs the sheet shows")
     return parser.parse_args(argv)
 
 
@@ -206,23 +209,21 @@ def _open(arguments: argparse.Namespace) -> Records:
         return read_captioned(arguments.path, arguments.split, trigger=arguments.trigger, **common)
     try:
         return read_preferences(arguments.path, arguments.split, format=arguments.format, **common)
-    except ValueError as error:
-        if arguments.format is None and "holds captioned images" in str(error):
-            return read_captioned(arguments.path, arguments.split, **common)
-        raise
+    except CaptionedNotPreferences:
+        return read_captioned(arguments.path, arguments.split, **common)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code is 0, or 1 if nothing could be read."""
+    """Run the command, and return its exit code: 0, or 1 if nothing could be read."""
     arguments = _arguments(argv)
     try:
         records = _open(arguments)
-        shown = arguments.pairs if arguments.sheet else 0
-        findings, counts = gather(records, arguments.strategy, arguments.min_margin, shown)
+        sheet_size = arguments.pairs if arguments.sheet else 0
+        findings, counts = gather(records, arguments.strategy, arguments.min_margin, sheet_size)
         print(describe(records, findings, counts, arguments.strategy))
         if arguments.sheet:
-            sheet(findings.drawn(), pairs=counts is not None).save(arguments.sheet)
-            print(f"wrote {arguments.sheet}: {len(findings.shown)} {'pairs' if counts is not None else 'images'}")
+            sheet(findings.in_order(), pairs=counts is not None).save(arguments.sheet)
+            print(f"wrote {arguments.sheet}: {len(findings.sampled)} {'pairs' if counts is not None else 'images'}")
     except (OSError, ValueError) as error:
         print(f"cannot inspect {arguments.path}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -1,9 +1,10 @@
-"""Win and lose pairs out of preferences. Pure: nothing is read but what tells two images apart."""
+"""Pairs of a chosen and a rejected image, made from preferences. Images are read only to tell whether two are equal."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, field, replace
 
+from preference_data.hints import nearest
 from preference_data.images import ImageSource
 from preference_data.schemas import BestWorst, Pair, Preference, Ranked, ReferenceWorst
 
@@ -13,11 +14,12 @@ STRATEGIES = ("best_worst", "all_pairs")
 
 @dataclass
 class PairCounts:
-    """What the last pass over a :class:`PairList` made.
+    """Counts of the last pass over a :class:`PairList`.
 
-    records: taken. pairs: yielded. ties: dropped, neither image preferred. below_margin, below_confidence: dropped.
-    equal_images: dropped, both images the same. unscored: records of which fewer than two images have a score.
-    without_margin, without_confidence: yielded although a minimum was asked for, as they have none to compare.
+    records: preferences read. pairs: pairs yielded. ties: pairs dropped because neither image is preferred.
+    below_margin, below_confidence: pairs dropped for a minimum. equal_images: pairs dropped because both images are the
+    same. unscored: records with fewer than two scored images. without_margin, without_confidence: pairs yielded despite
+    a minimum because they have no value to compare with it.
     """
 
     records: int = 0
@@ -38,7 +40,7 @@ class PairCounts:
 
 
 class PairList:
-    """Pairs, made as they are asked for; as often as ``records`` can be iterated. ``counts`` tells of the last pass."""
+    """Pairs, made while they are iterated, as often as ``records`` can be iterated; ``counts`` is of the last pass."""
 
     def __init__(self, records: Iterable[Preference], strategy: str, min_margin: float, min_confidence: float) -> None:
         self.records = records
@@ -75,29 +77,32 @@ class PairList:
 def build_pairs(
     records: Iterable[Preference], strategy: str = "best_worst", *, min_margin: float = 0.0, min_confidence: float = 0.0
 ) -> PairList:
-    """Pairs of preferences.
+    """Make pairs from preferences.
 
-    A Ranked gives its best and its worst scored image (the first of equal ones; all equal: a tie), or with "all_pairs"
-    every two of different scores, the higher one chosen. A BestWorst gives (best, worst), and with "all_pairs" also
-    (best, other) and (other, worst); a ReferenceWorst (reference, worst), and also (other, worst). A Pair is passed on.
+    | record | "best_worst" | "all_pairs" |
+    |---|---|---|
+    | Ranked | best and worst scored image, the first of equal ones | every two images with different scores |
+    | BestWorst | (best, worst) | also (best, other) and (other, worst) |
+    | ReferenceWorst | (reference, worst) | also (other, worst) |
+    | Pair | itself | itself |
+
+    Equal scores, in a Ranked all of them, count as a tie and give no pair.
 
     Args:
-        min_margin: drops pairs of a smaller margin, and so, from 0 on, those whose scores contradict their label.
-        min_confidence: drops pairs of a smaller confidence. Pairs that have no margin or confidence are kept, and
-            counted as such.
+        min_margin: drop pairs with a smaller margin. From 0 on this drops pairs whose scores contradict their label.
+        min_confidence: drop pairs with a smaller confidence. Pairs without a margin or confidence are kept and counted.
 
     Raises:
-        ValueError: an unknown strategy, or a minimum that is no number. TypeError, on iteration: no preference.
+        ValueError: an unknown strategy, or a minimum that is NaN or out of range.
+        TypeError, while iterating: a record that is not a preference.
     """
     if strategy not in STRATEGIES:
-        close = get_close_matches(strategy, STRATEGIES, n=1, cutoff=0.4)
-        hint = f" Did you mean {close[0]!r}?" if close else f" There are: {', '.join(STRATEGIES)}"
-        raise ValueError(f"unknown strategy {strategy!r}.{hint}")
+        raise ValueError(f"unknown strategy {strategy!r}.{nearest(strategy, STRATEGIES)}")
     for name, value in (("min_margin", min_margin), ("min_confidence", min_confidence)):
         if value != value:
-            raise ValueError(f"{name} is no number")
+            raise ValueError(f"{name} must be a number, found {value}")
     if not 0 <= min_confidence <= 1:
-        raise ValueError(f"min_confidence {min_confidence} is out of range: 0 to 1")
+        raise ValueError(f"min_confidence must lie in [0, 1], found {min_confidence}")
     return PairList(records, strategy, min_margin, min_confidence)
 
 
@@ -105,7 +110,7 @@ def _candidates(record: Preference, strategy: str, counts: PairCounts) -> Iterat
     if isinstance(record, Pair):
         yield record
     elif isinstance(record, Ranked):
-        yield from _of_scores(record, strategy, counts)
+        yield from _pairs_by_score(record, strategy, counts)
     elif isinstance(record, BestWorst):
         yield _pair(record, record.images, record.best, record.worst)
         if strategy == "all_pairs":
@@ -122,7 +127,7 @@ def _candidates(record: Preference, strategy: str, counts: PairCounts) -> Iterat
                 if other != record.worst:
                     yield _pair(record, record.images, other, record.worst)
     else:
-        raise TypeError(f"no preference to make pairs of: {type(record).__name__}")
+        raise TypeError(f"pairs are made from preferences, found {type(record).__name__}")
 
 
 def _pair(
@@ -132,27 +137,66 @@ def _pair(
     return Pair(record.prompt, images[chosen], images[rejected], margin=margin, where=where)
 
 
-def _of_scores(record: Ranked, strategy: str, counts: PairCounts) -> Iterator[Pair]:
+def _pairs_by_score(record: Ranked, strategy: str, counts: PairCounts) -> Iterator[Pair]:
     scored = [(score, index) for index, score in enumerate(record.scores) if score is not None]
     if len(scored) < 2:
         counts.unscored += 1
         return
     if strategy == "best_worst":
-        # `max` and `min` give the first of equal ones. With all equal they are the same image, and no pair.
+        # `max` and `min` give the first of equal ones: if all are equal both are the same image, which counts as a tie.
         best, worst = max(scored, key=lambda s: s[0]), min(scored, key=lambda s: s[0])
         couples = [(best, worst)]
     else:
-        couples = [(a, b) for i, a in enumerate(scored) for b in scored[i + 1 :]]
-    for a, b in couples:
-        if a[0] == b[0]:
+        couples = list(itertools.combinations(scored, 2))
+    for (score, index), (other_score, other_index) in couples:
+        if score == other_score:
             counts.ties += 1
-            continue
-        (high, chosen), (low, rejected) = (a, b) if a[0] > b[0] else (b, a)
-        yield _pair(record, record.images, chosen, rejected, high - low)
+        elif score > other_score:
+            yield _pair(record, record.images, index, other_index, score - other_score)
+        else:
+            yield _pair(record, record.images, other_index, index, other_score - score)
+
+
+@dataclass
+class _Votes:
+    """The votes on two images: for the first and the second one of the key, and the margins in favour of the first."""
+
+    for_images: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    margin_sum: float = 0.0
+    margin_weight: float = 0.0
+
+    def add(self, pair: Pair, swapped: bool) -> None:
+        """Count a pair's votes; ``swapped``: its chosen image is the key's second one."""
+        share = 1.0 if pair.confidence is None else pair.confidence
+        self.for_images[swapped] += share * pair.annotators
+        self.for_images[not swapped] += (1 - share) * pair.annotators
+        if pair.margin is not None:
+            self.margin_sum += (-pair.margin if swapped else pair.margin) * pair.annotators
+            self.margin_weight += pair.annotators
+
+    def majority(self, pair: Pair, swapped: bool) -> Pair:
+        """Return the pair with the outcome of all votes, chosen and rejected exchanged if most votes are against it."""
+        for_pair, against = self.for_images[swapped], self.for_images[not swapped]
+        total = for_pair + against
+        margin = None
+        if self.margin_weight:
+            margin = (-self.margin_sum if swapped else self.margin_sum) / self.margin_weight
+        chosen, rejected = pair.chosen, pair.rejected
+        if against > for_pair:
+            chosen, rejected = rejected, chosen
+            margin = None if margin is None else -margin
+        return replace(
+            pair,
+            chosen=chosen,
+            rejected=rejected,
+            margin=margin,
+            confidence=max(for_pair, against) / total,
+            annotators=round(total),
+        )
 
 
 class MergedVotes:
-    """What :func:`merge_votes` returns; ``merged`` counts the rows that were joined to another in the last pass."""
+    """The result of :func:`merge_votes`; ``merged`` counts the pairs that the last pass joined to an earlier one."""
 
     def __init__(self, pairs: Iterable[Pair]) -> None:
         self.pairs = pairs
@@ -160,55 +204,44 @@ class MergedVotes:
 
     def __iter__(self) -> Iterator[Pair]:
         self.merged = 0
-        votes: dict[tuple[str, str, str], list[float]] = {}  # of the first image, of the second; margins, their number
+        votes: dict[_Key, _Votes] = {}
+        keys: list[tuple[_Key, bool]] = []  # of each pair, so that the second round reads no image again
         for pair in self.pairs:
-            key, turned = _same_images(pair)
-            sums = votes.setdefault(key, [0.0, 0.0, 0.0, 0.0])
-            share = 1.0 if pair.confidence is None else pair.confidence
-            sums[turned] += share * pair.annotators
-            sums[not turned] += (1 - share) * pair.annotators
-            if pair.margin is not None:
-                sums[2] += (-pair.margin if turned else pair.margin) * pair.annotators
-                sums[3] += pair.annotators
-        for pair in self.pairs:
-            key, turned = _same_images(pair)
-            if key not in votes:
-                self.merged += 1
+            key, swapped = _image_key(pair)
+            votes.setdefault(key, _Votes()).add(pair, swapped)
+            keys.append((key, swapped))
+        for pair, (key, swapped) in zip(self.pairs, keys, strict=True):
+            if key in votes:
+                yield votes.pop(key).majority(pair, swapped)
             else:
-                yield _majority(pair, votes.pop(key), turned)
+                self.merged += 1
 
 
 def merge_votes(pairs: Iterable[Pair]) -> MergedVotes:
     """Join the pairs of one prompt and the same two images, in either order, by majority.
 
-    Each stands for ``annotators`` votes, of which the share ``confidence`` (all, where it is None) is for ``chosen``.
-    The result stands where the first of them stood, with the majority's share as ``confidence`` (0.5 is a tie) and the
-    mean margin of those that have one. All rows are needed, so each pass reads ``pairs`` twice, every image included;
-    only digests are kept in between.
+    Each pair stands for ``annotators`` votes, of which the share ``confidence`` (all, where it is None) is for
+    ``chosen``. The result takes the place of the first of them. Its ``confidence`` is the majority's share (0.5 is a
+    tie), its margin the mean of those that have one. A pass iterates ``pairs`` twice and reads every image once; only
+    digests are kept in between.
 
     Raises:
-        TypeError: ``pairs`` can be iterated only once (a generator), or, on iteration, holds other records.
+        TypeError: ``pairs`` can be iterated only once (a generator), or, while iterating, holds something else.
     """
     if iter(pairs) is pairs:
-        raise TypeError("merge_votes reads its pairs twice: give a list or what a reader returned, no generator")
+        raise TypeError("merge_votes iterates its pairs twice: pass a list or what a reader returned, not a generator")
     return MergedVotes(pairs)
 
 
-def _same_images(pair: Pair) -> tuple[tuple[str, str, str], bool]:
-    """A key for the prompt and the two images in any order, and whether they stand in the other order than in the key."""
+#: A prompt and the digests of two images, the smaller one first.
+_Key = tuple[str, str, str]
+
+
+def _image_key(pair: Pair) -> tuple[_Key, bool]:
+    """Return a key that does not depend on the order of the images, and whether the key has them swapped."""
     if not isinstance(pair, Pair):
         raise TypeError(f"only pairs have votes to merge, found {type(pair).__name__}")
     chosen, rejected = pair.chosen.digest(), pair.rejected.digest()
-    turned = rejected < chosen
-    return (pair.prompt, rejected, chosen) if turned else (pair.prompt, chosen, rejected), turned
-
-
-def _majority(pair: Pair, sums: list[float], turned: bool) -> Pair:
-    own, other = sums[turned], sums[not turned]
-    total = own + other
-    margin = None if not sums[3] else (-sums[2] if turned else sums[2]) / sums[3]
-    merged = replace(pair, margin=margin, confidence=max(own, other) / total, annotators=round(total))
-    if other > own:
-        margin = None if margin is None else -margin
-        merged = replace(merged, chosen=pair.rejected, rejected=pair.chosen, margin=margin)
-    return merged
+    if rejected < chosen:
+        return (pair.prompt, rejected, chosen), True
+    return (pair.prompt, chosen, rejected), False

@@ -1,20 +1,21 @@
-"""Preferences and captioned images out of what people have: :func:`read_preferences` and :func:`read_captioned`.
+"""Reading preferences and captioned images: :func:`read_preferences` and :func:`read_captioned`.
 
-Both are lazy: rows are read one at a time, each time the result is iterated, and no image is decoded unless asked for.
-What can be told beforehand (a missing path, column, format, caption or first image) is told when they are called;
-:meth:`Records.check_files` looks at all rows.
+Both are lazy: they look at the first rows, and raise at once what can be known from them (a missing path, column,
+format, caption or image). All rows are read when the result is iterated, and no image is decoded unless asked for.
+:meth:`Records.check_files` reads all rows before anything else happens, and keeps them for the iterations that follow.
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
 from preference_data.cells import Cells
-from preference_data.formats import IMAGE, PROMPT, by_prompt, captioned, find_layout
+from preference_data.formats import IMAGE, PROMPT, captioned, find_layout, join_one_image_rows
+from preference_data.hints import did_you_mean, nearest
 from preference_data.images import BadRow
 from preference_data.rows import Row
 from preference_data.schemas import CaptionedImage, Pair, Preference
@@ -22,20 +23,21 @@ from preference_data.sources import ImageFolder, Source, open_source
 
 #: What to do with a row that cannot be used.
 ON_BAD_ROW = ("error", "skip")
-_LISTED = 1000  # messages kept
-_SHOWN = 20  # messages in the summary
-_PROBED = 20  # rows looked at beforehand, where the first ones are bad and may be skipped
+_MESSAGES_KEPT = 1000
+_MESSAGES_SHOWN = 20  # in the summary
+_ROWS_TRIED = 20  # when the first rows are bad and may be skipped
 
 Item = TypeVar("Item", CaptionedImage, Preference)
+#: Makes items of rows: a BadRow where that fails, None of a row that nobody judged.
 Convert = Callable[[Iterator[Row | BadRow]], Iterator[Item | BadRow | None]]
 
 
 @dataclass
 class Report:
-    """What became of the rows in the last pass over a :class:`Records`, or in the one that is under way.
+    """Counts of the last pass over the rows of a :class:`Records`, or of the one in progress.
 
-    rows: read. records: yielded (several rows may make one). unlabelled: rows that nobody judged. ties: pairs among the
-    records of which neither image is preferred. bad: rows skipped. skipped: their messages, the first 1000.
+    rows: rows read. records: records yielded (several rows may make one). unlabelled: rows that nobody judged. ties:
+    pairs of which neither image is preferred. bad: rows skipped. skipped: their messages, the first 1000.
     """
 
     source: str
@@ -48,23 +50,27 @@ class Report:
     skipped: list[str] = field(default_factory=list)
 
     def skip(self, error: BadRow) -> None:
-        """Count and list a bad row. Whoever finds an image broken only later may add it here."""
+        """Count and list a bad row; also for callers that find an image broken later."""
         self.bad += 1
-        if len(self.skipped) < _LISTED:
+        if len(self.skipped) < _MESSAGES_KEPT:
             self.skipped.append(str(error))
 
     def __str__(self) -> str:
         counts = [f"{self.rows} rows", f"{self.records} records"]
         counts += [f"{count} {name}" for count, name in ((self.unlabelled, "unlabelled"), (self.ties, "ties")) if count]
         lines = [f"{self.source} ({self.format}): {', '.join(counts)}, {self.bad} bad rows skipped"]
-        lines += [f"  {message}" for message in self.skipped[:_SHOWN]]
-        if self.bad > _SHOWN:
-            lines.append(f"  and {self.bad - min(_SHOWN, len(self.skipped))} more")
+        lines += [f"  {message}" for message in self.skipped[:_MESSAGES_SHOWN]]
+        if self.bad > _MESSAGES_SHOWN:
+            lines.append(f"  and {self.bad - min(_MESSAGES_SHOWN, len(self.skipped))} more")
         return "\n".join(lines)
 
 
 class Records(Generic[Item]):
-    """Schema objects out of rows; can be iterated again and again. ``report`` tells of the last pass."""
+    """Objects of :mod:`preference_data.schemas`, which can be iterated any number of times.
+
+    Every iteration reads the rows again, unless :meth:`check_files` has kept the records. ``report`` counts what the
+    last pass over the rows found.
+    """
 
     def __init__(
         self,
@@ -81,11 +87,21 @@ class Records(Generic[Item]):
         self.verify_images = verify_images
         self._convert = convert
         self._base = base
+        self._checked: list[Item] | None = None
         self.report = Report(source.name, format_name)
 
     def __iter__(self) -> Iterator[Item]:
+        return self._read() if self._checked is None else iter(self._checked)
+
+    def _read(self) -> Iterator[Item]:
         report = self.report = Report(self.source.name, self.format)
-        for item in self._items(report, self._base):
+
+        def rows() -> Iterator[Row | BadRow]:
+            for row in self.source:
+                report.rows += 1
+                yield row
+
+        for item in self._convert(_with_folder(rows(), self._base)):
             try:
                 if isinstance(item, BadRow):
                     raise item
@@ -106,58 +122,40 @@ class Records(Generic[Item]):
             yield item
 
     def check_files(self, quiet: bool = False) -> None:
-        """Raise BadRow for the first row that cannot be used, or that names a file which is missing, empty or no image.
+        """Read all rows, and raise BadRow for the first that cannot be used or names a bad image file.
 
-        One pass over all rows, with a progress bar where it takes long, unless ``quiet``. Of the images' files no more
-        than the headers are read: whether one is cut short is known when it is decoded. Where it would not be cheap,
-        nothing is checked: rows that hold the images' bytes (parquet, tars) and hub data sets would be read twice.
-        Nor is anything where bad rows are skipped.
+        Bad is a file that is missing, empty or has no image's header. No more than the headers are read: whether an
+        image is cut short is known when it is decoded. The records (not the images) are kept in memory, about 1.3 kB
+        each, so that iterating reads no row again. A progress bar is shown if it takes long, unless ``quiet``.
+
+        Nothing is read where bad rows are skipped, nor where it would not be cheap: rows that contain their images
+        (parquet, tars) and hub data sets.
         """
-        if self.on_bad_row != "error" or not self.source.by_path:
+        if self.on_bad_row != "error" or not self.source.by_path or self._checked is not None:
             return
-        for record in tqdm(self, desc="checking files", unit=" rows", delay=2, leave=False, disable=quiet):
+        checked = []
+        for record in tqdm(self._read(), desc="checking files", unit=" rows", delay=2, leave=False, disable=quiet):
             for image in record.sources():
                 image.check_header()
+            checked.append(record)
+        self._checked = checked
 
-    def _items(self, report: Report, base: Path | None) -> Iterator[Item | BadRow | None]:
-        def rows() -> Iterator[Row | BadRow]:
-            for row in self.source:
-                report.rows += 1
-                yield row if base is None or isinstance(row, BadRow) else replace(row, folder=base)
 
-        return self._convert(rows())
+class _FirstRows:
+    """The first rows of a source, which can be iterated again and again but are read once."""
 
-    def probe(self, bases: list[Path | None]) -> None:
-        """Find the folder that the images' paths start from, and raise beforehand what the first row would raise.
+    def __init__(self, source: Source) -> None:
+        self._remaining = iter(source)
+        self._seen: list[Row | BadRow] = []
 
-        Raises:
-            BadRow: no base has the first record's images, and bad rows are not to be skipped.
-        """
-        first_error = None
-        for base in bases:
-            found = self._works(base)
-            if found is None:
-                self._base = base
-                return
-            first_error = first_error or found
-        if self.on_bad_row == "error" and first_error is not None:
-            raise first_error
-
-    def _works(self, base: Path | None) -> BadRow | None:
-        """None if a record among the first rows can be used with this base; else what is wrong with the first."""
-        first_error = None
-        for number, item in enumerate(self._items(Report("", ""), base)):
-            try:
-                if isinstance(item, BadRow):
-                    raise item
-                if item is not None:
-                    item.check()
-                    return first_error if self.on_bad_row == "error" else None
-            except BadRow as error:
-                first_error = first_error or error
-            if number >= _PROBED or (first_error is not None and self.on_bad_row == "error"):
-                break
-        return first_error
+    def __iter__(self) -> Iterator[Row | BadRow]:
+        for index in itertools.count():
+            if index == len(self._seen):
+                row = next(self._remaining, None)
+                if row is None:
+                    return
+                self._seen.append(row)
+            yield self._seen[index]
 
 
 def read_preferences(
@@ -171,39 +169,39 @@ def read_preferences(
     image_folder: str | Path | None = None,
     verify_images: bool = False,
 ) -> Records[Preference]:
-    """Preferences, as :class:`Pair`, :class:`Ranked`, :class:`BestWorst` or :class:`ReferenceWorst`.
+    """Read preferences as :class:`Pair`, :class:`Ranked`, :class:`BestWorst` or :class:`ReferenceWorst`.
 
     Args:
         name: a file (.jsonl, .json, .parquet, .csv, webdataset .tar), a folder of these, an image folder with metadata,
             a hub data set, or a ``datasets.Dataset`` in memory.
-        split: which split of a folder or hub data set.
-        format: one of ``formats.LAYOUTS``; None to tell it from the columns.
-        on_bad_row: "error" raises BadRow at the first row that cannot be used, "skip" counts and lists them in
+        split: the split of a folder or hub data set.
+        format: one of ``formats.LAYOUTS``; None finds it from the columns.
+        on_bad_row: "error" raises BadRow for the first row that cannot be used, "skip" counts and lists such rows in
             ``.report``.
         streaming, config_name: as in ``datasets.load_dataset``, for a hub data set.
-        image_folder: where relative paths start; None to look beside the data file, in its folders SPLIT and
-            ``images``, and one folder up.
-        verify_images: decode every image on the way, so that broken ones are bad rows, too.
+        image_folder: where relative paths start; None tries the data file's folder, its subfolders SPLIT and
+            ``images``, and its parent.
+        verify_images: decode every image while iterating, so that broken ones are bad rows too.
 
     Raises:
         FileNotFoundError: no such path or split. ValueError: no rows, or columns that fit no format.
         BadRow: with "error", the first row or an image of it cannot be used.
     """
-    _check_choice(on_bad_row)
+    _check_on_bad_row(on_bad_row)
     source = open_source(name, split, config_name=config_name, streaming=streaming)
-    first = _first_row(source, on_bad_row)
+    rows = _FirstRows(source)
+    first = _first_row(rows, source.name, on_bad_row)
     layout = find_layout(list(first.values), source.name, format)
 
     def convert(rows: Iterator[Row | BadRow]) -> Iterator[Preference | BadRow | None]:
-        for row in by_prompt(rows) if layout.by_prompt else rows:
+        for row in join_one_image_rows(rows) if layout.one_image_rows else rows:
             try:
                 yield row if isinstance(row, BadRow) else layout.build(Cells(row))
             except BadRow as error:
                 yield error
 
-    records: Records[Preference] = Records(source, convert, layout.name, on_bad_row, verify_images, None)
-    records.probe(_bases(image_folder, first, split))
-    return records
+    base = _find_base(rows, convert, _bases(image_folder, first, split), on_bad_row)
+    return Records(source, convert, layout.name, on_bad_row, verify_images, base)
 
 
 def read_captioned(
@@ -217,38 +215,34 @@ def read_captioned(
     image_folder: str | Path | None = None,
     verify_images: bool = False,
 ) -> Records[CaptionedImage]:
-    """Captioned images: from a folder with metadata, with ``.txt`` beside each image, or anything with those columns.
+    """Read captioned images from a folder with metadata, with ``.txt`` beside each image, or from rows of any kind.
 
     Args:
-        trigger: a word for all images. It is put before the caption ("TRIGGER, caption"), and stands alone where there
-            is none. Without it, every image needs a caption.
+        trigger: a word that is put before every caption ("TRIGGER, caption") and is the caption where there is none.
+            Without it every image needs a caption.
         name, split, on_bad_row, streaming, config_name, image_folder, verify_images: as in :func:`read_preferences`.
 
     Raises:
         FileNotFoundError: no such path or split. ValueError: no rows, no image column, or an empty trigger.
         BadRow: with "error", an image of the folder has no caption, or the first row cannot be used.
     """
-    _check_choice(on_bad_row)
+    _check_on_bad_row(on_bad_row)
     if trigger is not None and not trigger.strip():
         raise ValueError("the trigger word is empty")
     source = open_source(name, split, config_name=config_name, streaming=streaming)
-    first = _first_row(source, on_bad_row)
-    columns = list(first.values)
-    if isinstance(source, ImageFolder) and trigger is None and on_bad_row == "error":
-        bare = source.uncaptioned()
-        if bare is not None:
+    rows = _FirstRows(source)
+    first = _first_row(rows, source.name, on_bad_row)
+    folder = source if isinstance(source, ImageFolder) else None
+    if folder is not None and image_folder is not None:
+        raise ValueError(f"image_folder is for files with paths in them; {folder.name} contains the images")
+    has_text_files = folder is not None and folder.metadata is None
+    if folder is not None and has_text_files and trigger is None and on_bad_row == "error":
+        image = folder.first_without_caption()
+        if image is not None:
             raise BadRow(
-                str(bare), f"the image has no caption: write {bare.stem}.txt beside it, or give a trigger word"
+                str(image), f"the image has no caption: write {image.stem}.txt beside it, or set a trigger word"
             )
-    if isinstance(source, ImageFolder) and image_folder is not None:
-        raise ValueError(f"image_folder is for files with paths in them; {source.name} holds the images itself")
-    beside = isinstance(source, ImageFolder) and source.metadata is None
-    needed = (IMAGE,) if beside or trigger is not None else (IMAGE, PROMPT)
-    for names in needed:
-        if not set(names) & set(columns):
-            close = get_close_matches(names[0], columns, n=1, cutoff=0.5)
-            hint = f" Did you mean to rename {close[0]!r}?" if close else ""
-            raise ValueError(f"{source.name} has no column {names[0]!r}; it has {columns}.{hint}")
+    _check_columns(list(first.values), source.name, (IMAGE,) if has_text_files or trigger else (IMAGE, PROMPT))
 
     def convert(rows: Iterator[Row | BadRow]) -> Iterator[CaptionedImage | BadRow | None]:
         for row in rows:
@@ -257,36 +251,86 @@ def read_captioned(
             except BadRow as error:
                 yield error
 
-    records: Records[CaptionedImage] = Records(source, convert, "captioned", on_bad_row, verify_images, None)
-    records.probe([None] if isinstance(source, ImageFolder) else _bases(image_folder, first, split))
-    return records
+    bases: list[Path | None] = [None] if folder is not None else _bases(image_folder, first, split)
+    base = _find_base(rows, convert, bases, on_bad_row)
+    return Records(source, convert, "captioned", on_bad_row, verify_images, base)
 
 
-def _check_choice(on_bad_row: str) -> None:
+def _check_on_bad_row(on_bad_row: str) -> None:
     if on_bad_row not in ON_BAD_ROW:
-        close = get_close_matches(on_bad_row, ON_BAD_ROW, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else f" There are: {', '.join(ON_BAD_ROW)}"
-        raise ValueError(f"unknown on_bad_row {on_bad_row!r}.{hint}")
+        raise ValueError(f"unknown on_bad_row {on_bad_row!r}.{nearest(on_bad_row, ON_BAD_ROW)}")
 
 
-def _first_row(source: Source, on_bad_row: str) -> Row:
+def _check_columns(columns: list[str], source: str, required: Iterable[tuple[str, ...]]) -> None:
+    """Raise ValueError if ``columns`` has none of the names of a required group."""
+    for names in required:
+        if not set(names) & set(columns):
+            hint = did_you_mean(names[0], columns, "Did you mean to rename")
+            raise ValueError(f"{source} has no column {names[0]!r}; it has {columns}.{hint}")
+
+
+def _first_row(rows: _FirstRows, source: str, on_bad_row: str) -> Row:
+    """Return the first row that can be read."""
     error = None
-    for row in source:
+    for row in rows:
         if isinstance(row, Row):
             return row
         if on_bad_row == "error":
             raise row
         error = error or row
-    raise error or ValueError(f"{source.name} holds no rows")
+    raise error or ValueError(f"{source} holds no rows")
 
 
 def _bases(image_folder: str | Path | None, first: Row, split: str) -> list[Path | None]:
-    """Folders that relative paths may start from, the likeliest first; None is the data file's own."""
+    """Return the folders where relative paths may start, the likeliest first; None is the data file's own folder."""
     if image_folder is not None:
         folder = Path(image_folder).expanduser()
         if not folder.is_dir():
-            raise FileNotFoundError(f"image_folder {image_folder} is no folder")
+            raise FileNotFoundError(f"image_folder {image_folder} is not a folder")
         return [folder]
     if first.folder is None:
         return [None]
     return [None, first.folder / split, first.folder / "images", first.folder.parent]
+
+
+def _find_base(rows: _FirstRows, convert: Convert, bases: list[Path | None], on_bad_row: str) -> Path | None:
+    """Return the first of ``bases`` that has the images of the first record.
+
+    Raises:
+        BadRow: no base has them, and bad rows are not to be skipped.
+    """
+    first_error = None
+    for base in bases:
+        error = _first_error(convert(_with_folder(rows, base)), on_bad_row)
+        if error is None:
+            return base
+        first_error = first_error or error
+    if on_bad_row == "error" and first_error is not None:
+        raise first_error
+    return None
+
+
+def _first_error(items: Iterator[Any], on_bad_row: str) -> BadRow | None:
+    """Return what is wrong with the first item, or None.
+
+    Where bad rows are skipped it is None as soon as one of the first items can be used.
+    """
+    first_error = None
+    for number, item in enumerate(items):
+        try:
+            if isinstance(item, BadRow):
+                raise item
+            if item is not None:
+                item.check()
+                return None
+        except BadRow as error:
+            first_error = first_error or error
+        if number >= _ROWS_TRIED or (first_error is not None and on_bad_row == "error"):
+            break
+    return first_error
+
+
+def _with_folder(rows: Iterable[Row | BadRow], folder: Path | None) -> Iterator[Row | BadRow]:
+    """Yield the rows with another folder for their relative paths; None leaves theirs."""
+    for row in rows:
+        yield row if folder is None or isinstance(row, BadRow) else replace(row, folder=folder)

@@ -1,7 +1,7 @@
-"""Rows out of files, one at a time: JSON lines, JSON, CSV, parquet, webdataset tars.
+"""Reading files row by row: JSON lines, JSON, CSV, parquet, webdataset tars.
 
-A reader yields a :class:`Row` for what it could read and a :class:`BadRow` (yielded, not raised) for what it could not,
-so that whoever asked may go on behind it.
+A reader yields a :class:`Row` for what it could read. For what it could not read it yields, and does not raise, a
+:class:`BadRow`, so that the caller may continue with the next row.
 """
 
 import csv
@@ -20,19 +20,23 @@ import pyarrow.parquet as pq
 
 from preference_data.images import BadRow
 
-#: Endings of files that hold an image.
+#: Endings of image files.
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-#: Endings of files of text, which hold the paths of images and not their bytes.
-TEXT = (".jsonl", ".json", ".csv")
-_PARQUET_ROWS = 16  # in memory at once
+#: Endings of text files, which hold paths of images and not their bytes.
+TEXT_ENDINGS = (".jsonl", ".json", ".csv")
+_PARQUET_ROWS = 16  # converted to Python objects at once
 _CHUNK = 1 << 20
 _BETWEEN = re.compile(r"[\s,\[\]\ufeff]*")  # between the objects of a JSON list
-_LONGEST_OBJECT = 1 << 26  # a JSON file that is no list of rows must not end up in memory as a whole
+_LONGEST_OBJECT = 1 << 26  # characters; limits the memory that a file of anything else than rows takes
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: where it stands ("file.parquet, row 3", from 0), its columns, and the folder its paths start from."""
+    """A row of a file.
+
+    where: its place for messages, "file.parquet, row 3", counted from 0. values: its columns. folder: where its relative
+    paths start; None for the working folder.
+    """
 
     where: str
     values: dict[str, Any]
@@ -40,14 +44,14 @@ class Row:
 
 
 def read_rows(file: Path) -> Iterator[Row | BadRow]:
-    """The rows of a file of one of :data:`READERS`, as they are asked for. Raises OSError if it cannot be opened."""
+    """Yield the rows of a file with one of the endings in :data:`READERS`; raise OSError if it cannot be opened."""
     ending = ending_of(file)
     assert ending is not None, file
     return READERS[ending](file)
 
 
 def ending_of(file: Path) -> str | None:
-    """Which of :data:`READERS` reads this file: the ending, or None."""
+    """Return the file's ending if it is one of :data:`READERS`, else None."""
     return next((ending for ending in READERS if file.name.lower().endswith(ending)), None)
 
 
@@ -60,7 +64,7 @@ def _json_lines(file: Path) -> Iterator[Row | BadRow]:
             try:
                 values = json.loads(line.decode("utf-8-sig"))
             except ValueError as error:  # a JSONDecodeError or UnicodeDecodeError is one
-                yield BadRow(where, f"no JSON: {error}")
+                yield BadRow(where, f"not JSON: {error}")
                 continue
             if isinstance(values, dict):
                 yield Row(where, values, file.parent)
@@ -69,9 +73,9 @@ def _json_lines(file: Path) -> Iterator[Row | BadRow]:
 
 
 def _json(file: Path) -> Iterator[Row | BadRow]:
-    """A list of objects, or objects one after another, without holding more than a few of them."""
+    """Yield the rows of a list of objects, or of objects one after another, holding only a few of them in memory."""
     decoder, buffer, position, row = json.JSONDecoder(), "", 0, 0
-    opened, between = False, ""  # whether it is a list; what stood between the last object and here
+    is_list, between = False, ""  # between: the text between the last object and the current position
     with file.open(encoding="utf-8") as text:
         while True:
             start = _BETWEEN.match(buffer, position).end()  # type: ignore[union-attr]  # it matches nothing as well
@@ -83,18 +87,18 @@ def _json(file: Path) -> Iterator[Row | BadRow]:
                 try:
                     more = text.read(max(_CHUNK, len(buffer))) if len(buffer) <= _LONGEST_OBJECT else ""
                 except UnicodeDecodeError as undecodable:
-                    yield BadRow(f"{file}, row {row}", f"no UTF-8: {undecodable}")
+                    yield BadRow(f"{file}, row {row}", f"not UTF-8: {undecodable}")
                     return
                 if more:
                     buffer += more
                     continue
-                if buffer or (opened and "]" not in between):
+                if buffer or (is_list and "]" not in between):
                     yield BadRow(f"{file}, row {row}", f"cut short or broken here: {error.msg}")
                 return
-            opened, between = opened or "[" in between, ""
+            is_list, between = is_list or "[" in between, ""
             if not isinstance(values, dict):
                 yield BadRow(f"{file}, row {row}", f"expected an object with columns, found {type(values).__name__}")
-                return  # whatever this is, it is no list of rows
+                return  # whatever this is, it is not a list of rows
             yield Row(f"{file}, row {row}", values, file.parent)
             row += 1
 
@@ -108,21 +112,21 @@ def _csv(file: Path) -> Iterator[Row | BadRow]:
                 row += 1
                 if None in values:
                     yield BadRow(where, "more cells than columns")
-                else:  # an empty cell is a missing one
+                else:  # an empty cell is a missing value
                     yield Row(where, {name: cell or None for name, cell in values.items()}, file.parent)
     except (csv.Error, UnicodeDecodeError) as error:
-        yield BadRow(f"{file}, row {row}", f"no CSV from here on: {error}")
+        yield BadRow(f"{file}, row {row}", f"not valid CSV from here on: {error}")
 
 
 def _parquet(file: Path) -> Iterator[Row | BadRow]:
-    """Row group by row group, which is what is in memory at once; rows become Python objects a few at a time."""
+    """Yield the rows of a parquet file, with about one row group in memory at once."""
     try:
-        # What Arrow holds is about one row group, with these settings without a second copy of it; it cannot do less.
+        # Arrow holds at least one row group; these settings avoid a second copy of it.
         parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=_CHUNK)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        yield BadRow(str(file), f"no row can be read, the file is cut short or no parquet: {error}")
+        yield BadRow(str(file), f"no row can be read, the file is cut short or not parquet: {error}")
         return
     with parquet:
         first = 0
@@ -139,13 +143,13 @@ def _parquet(file: Path) -> Iterator[Row | BadRow]:
 
 
 def _tar(file: Path) -> Iterator[Row | BadRow]:
-    """Samples of a webdataset tar: consecutive members of one key, which is the name up to its first dot."""
-    key, parts, count = None, dict[str, bytes](), 0
-    last = None
+    """Yield the samples of a webdataset tar: consecutive members with one key, the name up to its first dot."""
+    key, members, count = None, dict[str, bytes](), 0
+    last = None  # the key of the last complete sample
     try:
         with tarfile.open(file, "r|*") as archive:
             while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # it would keep every header
+                archive.members = []  # type: ignore[attr-defined]  # it would keep the headers of all members
                 content = archive.extractfile(member)
                 folder, _, base = member.name.rpartition("/")
                 stem, dot, ending = base.partition(".")
@@ -153,42 +157,54 @@ def _tar(file: Path) -> Iterator[Row | BadRow]:
                     continue  # a folder, a hidden file, a README
                 if (folder, stem) != key:
                     if key is not None:
-                        yield sample_row(f"{file}, sample {'/'.join(filter(None, key))!r}", parts, file.parent)
+                        yield sample_row(f"{file}, sample {_sample_name(key)!r}", members, file.parent)
                         last, count = key, count + 1
-                    key, parts = (folder, stem), {}
-                parts[ending] = content.read()
+                    key, members = (folder, stem), {}
+                members[ending] = content.read()
             if _cut_short(file, archive.offset):
-                raise tarfile.ReadError("no end of archive where it should be")
+                raise tarfile.ReadError("the end of the archive is missing")
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        good = f"behind sample {'/'.join(filter(None, last))!r}, number {count}" if last else "before the first sample"
-        yield BadRow(str(file), f"cut short or damaged {good}: {error}")
+        place = f"after sample {_sample_name(last)!r}, number {count}" if last else "before the first sample"
+        yield BadRow(str(file), f"cut short or damaged {place}: {error}")
         return
     if key is not None:
-        yield sample_row(f"{file}, sample {'/'.join(filter(None, key))!r}", parts, file.parent)
+        yield sample_row(f"{file}, sample {_sample_name(key)!r}", members, file.parent)
+
+
+def _sample_name(key: tuple[str, str]) -> str:
+    """Return a key, the folder and the stem, as a path."""
+    return "/".join(filter(None, key))
 
 
 def _cut_short(file: Path, end: int) -> bool:
-    """Whether a plain tar lacks the empty block at its end: `tarfile` takes a missing or broken header for the end."""
+    """Whether an uncompressed tar lacks the empty block at its end.
+
+    `tarfile` does not tell: it takes a missing or broken header for the end.
+    """
     with file.open("rb") as content:
         content.seek(257)
         if content.read(5) != b"ustar":
-            return False  # compressed, which has checks of its own
+            return False  # compressed, and the compression has its own checks
         content.seek(end)
         return content.read(512) != bytes(512)
 
 
-def sample_row(where: str, parts: dict[str, Any], folder: Path | None) -> Row | BadRow:
-    """A webdataset sample as a row.
+def sample_row(where: str, members: dict[str, Any], folder: Path | None) -> Row | BadRow:
+    """Make a row of a webdataset sample, given as its members by ending.
 
-    ``json`` gives columns; ``txt`` or ``caption`` the prompt, where the json has none; ``jpg`` (or another image) the
-    column ``image``; ``chosen.png`` the column ``chosen``; ``0.jpg``, ``1.jpg``, ... both ``images`` in this order and
-    ``jpg_0``, ``jpg_1``, ...
+    | member | column |
+    |---|---|
+    | ``json`` | each of its keys |
+    | ``txt``, ``caption`` | ``prompt``, unless the json has one |
+    | ``jpg`` or another image | ``image`` |
+    | ``chosen.png`` | ``chosen`` |
+    | ``0.jpg``, ``1.jpg``, ... | ``images``, in this order, and ``jpg_0``, ``jpg_1``, ... |
     """
     values: dict[str, Any] = {}
     numbered: dict[int, Any] = {}
-    for ending, content in parts.items():
+    for ending, content in members.items():
         name, _, kind = ending.rpartition(".")
         if f".{kind.lower()}" not in IMAGE_ENDINGS:
             continue
@@ -201,11 +217,11 @@ def sample_row(where: str, parts: dict[str, Any], folder: Path | None) -> Row | 
         values |= {f"jpg_{number}": content for number, content in numbered.items()}
     try:
         for ending in ("txt", "caption"):
-            if parts.get(ending) is not None:
-                text = parts[ending]
+            if members.get(ending) is not None:
+                text = members[ending]
                 values["prompt"] = text.decode("utf-8-sig").strip() if isinstance(text, bytes) else text
-        if parts.get("json") is not None:
-            columns = parts["json"]
+        if members.get("json") is not None:
+            columns = members["json"]
             columns = json.loads(columns) if isinstance(columns, (bytes, str)) else columns
             if not isinstance(columns, dict):
                 return BadRow(where, f"its json holds {type(columns).__name__}, not an object with columns")
@@ -215,7 +231,7 @@ def sample_row(where: str, parts: dict[str, Any], folder: Path | None) -> Row | 
     return Row(where, values, folder)
 
 
-#: File endings and their readers, in the order in which a folder is searched for them.
+#: The reader of each file ending, in the order in which a folder is searched for them.
 READERS: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {
     ".parquet": _parquet,
     ".tar": _tar,

@@ -57,9 +57,9 @@ def test_pickapic(folder):
     [
         ((1.0, 1.0), "column 'label_0': the labels 1 and 1 do not add up to 1"),
         ((0.0, 0.0), "column 'label_0': the labels 0 and 0 do not add up to 1"),
-        ((2.0, -1.0), "column 'label_0': 2.0 is out of range: 0 to 1"),
+        ((2.0, -1.0), "column 'label_0': 2 is out of range: 0 to 1"),
         ((1.0, None), "column 'label_1': expected a number, found nothing"),
-        ((float("nan"), 1.0), "column 'label_0': nan is no finite number"),
+        ((float("nan"), 1.0), "column 'label_0': nan is not a finite number"),
     ],
 )
 def test_a_pickapic_label_out_of_range_is_named(folder, labels, problem):
@@ -97,7 +97,7 @@ def test_hpdv2_images_are_found_in_the_folder_of_the_split(folder):
     ("row", "problem"),
     [
         ({"human_preference": [2, 0]}, "column 'human_preference'[0]: 2 is out of range: 0 to 1"),
-        ({"rank": [1, -1]}, "column 'rank'[1]: -1 is out of range: from 0 on"),
+        ({"rank": [1, -1]}, "column 'rank'[1]: -1 is out of range: it must be at least 0"),
         ({"rank": [1]}, "column 'scores': 2 images have 1 scores"),
         ({"rank": "first"}, "column 'rank': expected a list, found str"),
     ],
@@ -164,7 +164,7 @@ def test_imagerewarddb_with_lists(folder):
 
 def test_imagerewarddb_rows_that_do_not_stand_together_are_named(folder):
     rows = [image_row("a", 1, 1), image_row("b", 2, 1), image_row("a", 3, 2)]
-    with pytest.raises(BadRow, match=r"row 2, column 'prompt_id': the rows of 'a' do not stand together"):
+    with pytest.raises(BadRow, match=r"row 2, column 'prompt_id': the rows of 'a' do not follow each other"):
         read(folder, *rows)
     assert [record.prompt for record in read(folder, *rows, on_bad_row="skip")] == ["a", "b"]
 
@@ -206,7 +206,7 @@ def test_best_worst_and_reference_worst(folder):
     record = only(folder, {"prompt": "p", "reference": "4.png", "images": paths(1, 2), "worst": 1})
     assert isinstance(record, ReferenceWorst) and which(record.reference) == 4
     for worst, problem in (
-        (3, "image 3 is out of range: the 3"),
+        (3, "image 3 is out of range: there are 3"),
         (-1, "image -1 is out of"),
         (0.5, "expected the index"),
     ):
@@ -250,15 +250,15 @@ def test_every_format_is_found_from_no_more_than_it_needs():
 @pytest.mark.parametrize(
     ("columns", "fragments"),
     [
-        (["prompt", "chosen", "reject"], ["nearest, 'pairs'", "needs the column 'rejected'", "rename 'reject'?"]),
-        (["caption", "jpg_0", "jpg_1", "label_0"], ["nearest, 'pickapic'", "needs the column 'label_1'"]),
+        (["prompt", "chosen", "reject"], ["nearest one, 'pairs'", "needs the column 'rejected'", "rename 'reject'?"]),
+        (["caption", "jpg_0", "jpg_1", "label_0"], ["nearest one, 'pickapic'", "needs the column 'label_1'"]),
         (
             ["prompt", "images", "score"],
             ["needs the column 'scores'", "rename 'score'?", "['prompt', 'images', 'score']"],
         ),
-        (["prompt", "path1"], ["nearest, 'hpdv3'", "'path2'"]),
-        (["chosen", "rejected"], ["nearest, 'pairs'", "needs the column 'prompt' or 'caption' or 'text'"]),
-        (["prompt", "image"], ["x holds captioned images, for read_captioned, not preferences"]),
+        (["prompt", "path1"], ["nearest one, 'hpdv3'", "'path2'"]),
+        (["chosen", "rejected"], ["nearest one, 'pairs'", "needs the column 'prompt' or 'caption' or 'text'"]),
+        (["prompt", "image"], ["x holds captioned images, not preferences: read it with read_captioned"]),
     ],
 )
 def test_columns_that_fit_no_format_name_the_nearest_and_what_it_lacks(columns, fragments):
@@ -271,7 +271,9 @@ def test_a_format_can_be_asked_for(folder):
     row = {"prompt": "p", "images": paths(1, 2), "scores": [1, 2], "best": 0, "worst": 1}
     assert isinstance(only(folder, row), BestWorst)
     assert isinstance(only(folder, row, format="ranked"), Ranked)
-    with pytest.raises(ValueError, match=r"a\.jsonl is not of the format 'pairs', which needs the column 'chosen' and"):
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl does not have the format 'pairs', which needs the column 'chosen' and"
+    ):
         only(folder, row, format="pairs")
-    with pytest.raises(ValueError, match=r"unknown format 'rankd'\. Did you mean 'ranked'\? There are: pickapic, "):
+    with pytest.raises(ValueError, match=r"unknown format 'rankd'\. Did you mean 'ranked'\?$"):
         only(folder, row, format="rankd")

@@ -147,7 +147,7 @@ def test_an_empty_file_or_a_folder_is_no_image(tmp_path):
     (tmp_path / "empty.png").touch()
     with pytest.raises(BadRow, match=r"empty\.png has no bytes"):
         of("empty.png", tmp_path).check()
-    with pytest.raises(BadRow, match="is no file"):
+    with pytest.raises(BadRow, match="is not a file"):
         of(tmp_path).check()
     with pytest.raises(BadRow, match="cannot be read"):
         of("a\0b.png", tmp_path).check()

@@ -87,8 +87,8 @@ def test_a_sheet_shows_pairs_from_all_over_the_data():
     for _ in range(2):
         findings = Findings()
         for number in range(400):
-            findings.offer(str(number), [ImageSource.of(picture(number % 200), "here")], 20)
-        runs.append([int(prompt) for prompt, _ in findings.drawn()])
+            findings.sample(str(number), [ImageSource.of(picture(number % 200), "here")], 20)
+        runs.append([int(prompt) for prompt, _ in findings.in_order()])
     assert runs[0] == runs[1] == sorted(set(runs[0])) and len(runs[0]) == 20
     assert all(any(quarter <= n < quarter + 100 for n in runs[0]) for quarter in (0, 100, 200, 300))
     assert abs(sum(runs[0]) / 20 - 200) < 4 * 400 / 12**0.5 / 20**0.5  # 4 standard errors of a fair draw

@@ -5,7 +5,7 @@ import huggingface_hub
 import pytest
 from datasets import Dataset
 
-from preference_data.prompts import BUILDERS, check_prompts, find_files, load_prompts
+from preference_data.prompts import BUILDERS, check_prompts, find_prompt_file, load_prompts
 
 ROWS = {"prompt": ["a circle", "two squares", "日本 ñ"], "n": [1, 2, 3]}
 JSON_LINES = '{"prompt": "a circle", "n": 1}\n{"prompt": "two squares", "n": 2}\n{"prompt": "日本 ñ", "n": 3}\n'
@@ -118,7 +118,7 @@ def test_a_path_that_is_not_there_is_no_hub_name(folder, name, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HOME", str(folder))
     with pytest.raises(FileNotFoundError, match=rf"data file {name} does not exist\.$"):
-        find_files(name, "train")
+        find_prompt_file(name, "train")
 
 
 def test_a_missing_split_lists_the_files_there_are(folder):
@@ -143,7 +143,7 @@ def test_an_unknown_ending_lists_the_known_ones(folder):
 @pytest.mark.parametrize("name", ["somebody/prompts", "prompts", "a/b/c"])
 def test_a_hub_name_out_of_reach_says_what_to_do(folder, name, monkeypatch):
     monkeypatch.chdir(folder)
-    assert find_files(name, "train") is None
+    assert find_prompt_file(name, "train") is None
     with pytest.raises(FileNotFoundError) as caught:
         load_prompts(name)
     assert f"'{name}' is no file or folder here" in str(caught.value)

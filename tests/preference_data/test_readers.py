@@ -1,10 +1,13 @@
 """Reading preferences and captioned images: what is told beforehand, what is skipped and counted, what is lazy."""
 
+from pathlib import Path
+
 import pytest
 from preference_files import encoded, json_lines, noise, parquet, picture, save, tar
 
 from preference_data import rows as rows_module
 from preference_data.images import BadRow
+from preference_data.pairs import build_pairs, merge_votes
 from preference_data.readers import Report, read_captioned, read_preferences
 from preference_data.schemas import CaptionedImage
 
@@ -63,7 +66,7 @@ def test_a_bad_first_row_is_told_at_the_call(folder, kind):
 def test_a_broken_line_and_a_tar_cut_short_are_bad_rows(folder):
     file = json_lines(folder / "a.jsonl", [pair()])
     file.write_text(file.read_text() + "{broken\n" + file.read_text())
-    with pytest.raises(BadRow, match=r"a\.jsonl, row 1: no JSON"):
+    with pytest.raises(BadRow, match=r"a\.jsonl, row 1: not JSON"):
         list(read_preferences(file))
     records = read_preferences(file, on_bad_row="skip")
     assert len(list(records)) == 2 and records.report.bad == 1
@@ -75,7 +78,7 @@ def test_a_broken_line_and_a_tar_cut_short_are_bad_rows(folder):
         tar(folder / f"shards/s-{shard}.tar", members)
     first = folder / "shards/s-0.tar"
     first.write_bytes(first.read_bytes()[:-3500])
-    with pytest.raises(BadRow, match=r"s-0\.tar: cut short or damaged behind sample '[ab]', number [12]"):
+    with pytest.raises(BadRow, match=r"s-0\.tar: cut short or damaged after sample '[ab]', number [12]"):
         list(read_preferences(folder / "shards"))
     records = read_preferences(folder / "shards", on_bad_row="skip")
     assert 3 < len(list(records)) < 6 and records.report.bad == 1
@@ -94,7 +97,7 @@ def test_the_first_file_may_be_broken_where_bad_rows_are_skipped(folder):
 def test_nothing_but_bad_rows_is_an_error(folder):
     (folder / "a.jsonl").write_text("{\n{\n")
     for on_bad_row in ("error", "skip"):
-        with pytest.raises(BadRow, match=r"a\.jsonl, row 0: no JSON"):
+        with pytest.raises(BadRow, match=r"a\.jsonl, row 0: not JSON"):
             read_preferences(folder / "a.jsonl", on_bad_row=on_bad_row)
 
 
@@ -110,7 +113,7 @@ def test_what_can_be_told_beforehand_is_told_at_the_call(folder, read):
     file = json_lines(folder / "a.jsonl", [{"prompts": "p", "chosen": "1.png", "picture": "2.png"}])
     with pytest.raises(ValueError, match=r"a\.jsonl .*column"):
         read(file)
-    with pytest.raises(FileNotFoundError, match="image_folder nowhere is no folder"):
+    with pytest.raises(FileNotFoundError, match="image_folder nowhere is not a folder"):
         read(json_lines(folder / "b.jsonl", [{**pair(), "image": "1.png"}]), image_folder="nowhere")
 
 
@@ -176,7 +179,7 @@ def test_captions_beside_the_images(style):
     assert captions(style) == ["the a", "the b", "the sub/c"]
     assert captions(style, trigger="sks style")[0] == "sks style, the a"
     (style / "b.txt").unlink()
-    with pytest.raises(BadRow, match=r"style/b\.png: the image has no caption: write b\.txt beside it, or give a trig"):
+    with pytest.raises(BadRow, match=r"style/b\.png: the image has no caption: write b\.txt beside it, or set a trig"):
         read_captioned(style)
     assert captions(style, trigger="sks") == ["sks, the a", "sks", "sks, the sub/c"]
     records = read_captioned(style, on_bad_row="skip")
@@ -191,7 +194,7 @@ def test_a_trigger_word_for_all(style):
 
 
 def test_an_image_folder_has_its_images_itself(style):
-    with pytest.raises(ValueError, match=r"image_folder is for files with paths in them; .*style holds the images"):
+    with pytest.raises(ValueError, match=r"image_folder is for files with paths in them; .*style contains the images"):
         read_captioned(style, trigger="x", image_folder=style)
 
 
@@ -265,6 +268,37 @@ def test_checking_reads_no_more_than_headers(style, monkeypatch):
     (style / "sub/c.png").write_text("no image")
     with pytest.raises(BadRow, match=r"c\.png, column 'image': the image .*c\.png is broken: cannot identify"):
         read_captioned(style).check_files()
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_rows_that_only_name_files_are_parsed_once_between_the_command_line_and_the_encoding(
+    folder, merge, monkeypatch
+):
+    """As align/cli/data.py and align/offline/latents.py call it: reading, checking, and iterating the pairs."""
+    save(folder, "images/x.png", "images/y.png")
+    file = json_lines(folder / "a.jsonl", [{**pair("x.png", "y.png"), "n": n} for n in range(50)])
+    parsed, plain = [], rows_module.json.loads
+    monkeypatch.setattr(rows_module.json, "loads", lambda text: parsed.append(text) or plain(text))
+    records = read_preferences(file)  # finds format and image folder
+    assert len(parsed) == 1
+    records.check_files()
+    assert len(parsed) == 1 + 50 and records.report.rows == records.report.records == 50
+    pairs = build_pairs(merge_votes(build_pairs(records))) if merge else build_pairs(records)
+    assert len(list(pairs)) == len(list(pairs)) == (1 if merge else 50)
+    records.check_files()
+    assert len(parsed) == 1 + 50 and records.report.rows == 50
+
+
+def test_the_captions_of_an_image_folder_are_read_once(style, monkeypatch):
+    for name in ("a", "b", "sub/c"):
+        (style / f"{name}.txt").write_text(name)
+    opened, plain = [], Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, **more: opened.append(path.name) or plain(path, **more))
+    records = read_captioned(style)
+    assert opened == ["a.txt"]
+    records.check_files()
+    assert [record.prompt for record in records] == [record.prompt for record in records] == ["a", "b", "sub/c"]
+    assert opened == ["a.txt", "a.txt", "b.txt", "c.txt"]
 
 
 def test_images_within_the_rows_are_not_read_twice(tmp_path):

@@ -61,9 +61,9 @@ def test_a_broken_line_costs_only_itself(tmp_path):
     file = write(tmp_path / "a.jsonl", b'{"n": 1}\n{"n": \n\n[3]\n\xff\n{"n": 6}\n')
     first, cut, no_object, no_text, last = read(file)
     assert (first, last) == ({"n": 1}, {"n": 6})
-    assert cut.startswith(f"{file}, row 1: no JSON: ")
+    assert cut.startswith(f"{file}, row 1: not JSON: ")
     assert no_object == f"{file}, row 3: expected an object with columns, found list"
-    assert no_text.startswith(f"{file}, row 4: no JSON: ") and "decode" in no_text
+    assert no_text.startswith(f"{file}, row 4: not JSON: ") and "decode" in no_text
 
 
 @pytest.mark.parametrize("text", ['[{"n": 1}, {"n": 2}]', '{"n": 1}\n{"n": 2}\n', '\ufeff [\n{"n": 1}\n,{"n": 2} ] \n'])
@@ -91,7 +91,7 @@ def test_a_json_file_that_is_no_list_of_rows_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("preference_data.rows._CHUNK", 20)
     assert "expected an object with columns, found str" in read(write(tmp_path / "a.json", '["a", "b"]'))[0]
     assert "cut short or broken" in read(write(tmp_path / "b.json", '{"n": "' + "a" * 500 + '"}'))[0]
-    assert "no UTF-8" in read(write(tmp_path / "c.json", b'[{"n": 1}, \xff]'))[-1]
+    assert "not UTF-8" in read(write(tmp_path / "c.json", b'[{"n": 1}, \xff]'))[-1]
 
 
 # --- CSV ---
@@ -99,8 +99,8 @@ def test_a_json_file_that_is_no_list_of_rows_says_so(tmp_path, monkeypatch):
 
 def test_a_csv_that_breaks_names_the_row(tmp_path):
     assert "a.csv, row 1: more cells than columns" in read(write(tmp_path / "a.csv", "a,b\n1,2\n1,2,3\n4,5\n"))[1]
-    assert "a.csv, row 1: no CSV from here on" in read(write(tmp_path / "a.csv", 'a,b\n1,2\n"3,4\n'))[1]
-    assert "no CSV from here on" in read(write(tmp_path / "a.csv", b"a,b\n1,\xff\n"))[-1]
+    assert "a.csv, row 1: not valid CSV from here on" in read(write(tmp_path / "a.csv", 'a,b\n1,2\n"3,4\n'))[1]
+    assert "not valid CSV from here on" in read(write(tmp_path / "a.csv", b"a,b\n1,\xff\n"))[-1]
 
 
 # --- Parquet ---
@@ -111,7 +111,7 @@ def test_a_parquet_file_cut_short_is_named(tmp_path):
     content = file.read_bytes()
     for length in (len(content) - 4, len(content) // 2, 2):
         (message,) = read(write(file, content[:length]))
-        assert message.startswith(f"{file}: no row can be read, the file is cut short or no parquet")
+        assert message.startswith(f"{file}: no row can be read, the file is cut short or not parquet")
 
 
 def test_a_damaged_row_group_costs_only_its_rows(tmp_path):
@@ -180,7 +180,7 @@ def test_a_tar_cut_short_names_the_last_good_sample(tmp_path, ending, mode):
     for part in (0.75, 0.6, 0.4):
         *good, message = read(write(file, content[: int(len(content) * part)]))
         assert [row["n"] for row in good] == list(range(len(good))) and len(good) < 4
-        assert message.startswith(f"{file}: cut short or damaged behind sample 's{len(good) - 1}', number {len(good)}:")
+        assert message.startswith(f"{file}: cut short or damaged after sample 's{len(good) - 1}', number {len(good)}:")
 
 
 def test_a_tar_cut_between_two_members_is_noticed(tmp_path):
@@ -190,7 +190,7 @@ def test_a_tar_cut_between_two_members_is_noticed(tmp_path):
     at = content.index(b"s2.json")
     for end in (at, at + 100):  # right before a header, and within one
         *good, message = read(write(file, content[:end]))
-        assert [row["n"] for row in good] == [0, 1] and "behind sample 's1', number 2:" in message
+        assert [row["n"] for row in good] == [0, 1] and "after sample 's1', number 2:" in message
 
 
 def test_a_damaged_header_is_no_end_of_the_archive(tmp_path):
@@ -198,7 +198,7 @@ def test_a_damaged_header_is_no_end_of_the_archive(tmp_path):
     content = bytearray(file.read_bytes())
     at = content.index(b"s2.json")
     content[at : at + 300] = b"\x07" * 300
-    assert "behind sample 's1'" in read(write(file, bytes(content)))[-1]
+    assert "after sample 's1'" in read(write(file, bytes(content)))[-1]
 
 
 def test_what_is_no_tar_at_all_is_named(tmp_path):

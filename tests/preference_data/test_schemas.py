@@ -63,15 +63,15 @@ def test_equal_images_are_found_by_check_whatever_their_place(tmp_path):
 
 @pytest.mark.parametrize("value", [-0.01, 1.01, float("nan"), float("inf")])
 def test_a_confidence_is_a_share(value):
-    with bad("confidence", "nan is no finite|inf is no finite|.* is out of range: 0.0 to 1.0"):
+    with bad("confidence", "nan is not a finite|inf is not a finite|.* is out of range: 0 to 1"):
         Pair("p", ONE, TWO, confidence=value, where=ROW)
 
 
 def test_margins_and_scores_are_finite():
     for value in (float("nan"), float("inf")):
-        with bad("margin", f"{value} is no finite number"):
+        with bad("margin", f"{value} is not a finite number"):
             Pair("p", ONE, TWO, margin=value, where=ROW)
-        with bad("scores", f"{value} is no finite number"):
+        with bad("scores", f"{value} is not a finite number"):
             Ranked("p", [ONE, TWO], [1.0, value], where=ROW)
     with bad("annotators", "0 is out of range"):
         Pair("p", ONE, TWO, annotators=0, where=ROW)
@@ -91,7 +91,9 @@ def test_an_index_is_of_an_image(index):
         ("worst", lambda: BestWorst("p", [ONE, TWO], 0, index, where=ROW)),
         ("worst", lambda: ReferenceWorst("p", ONE, [TWO, THREE], index, where=ROW)),
     ):
-        with bad(column, "image -?[0-9] is out of range: the 2 images count from 0|expected the index of an image"):
+        with bad(
+            column, "image -?[0-9] is out of range: there are 2 images, counted from 0|expected the index of an image"
+        ):
             form()
 
 

@@ -8,7 +8,7 @@ from preference_files import encoded, json_lines, json_list, parquet, picture, s
 
 from preference_data import rows as rows_module
 from preference_data.images import ImageSource
-from preference_data.sources import Files, ImageFolder, open_source, tidy
+from preference_data.sources import Files, ImageFolder, open_source, rename_file_name_columns
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +150,7 @@ def test_images_come_with_the_text_beside_them_and_from_subfolders(folder):
     (folder / "sub" / "c.txt").write_text("\ufeffanother", encoding="utf-8")
     source = open_source(folder, "train")
     assert images_of(source) == [("a.jpg", "a caption"), ("b.png", None), ("sub/c.webp", "another")]
-    assert source.uncaptioned() == folder / "b.png"
+    assert source.first_without_caption() == folder / "b.png"
 
 
 def test_metadata_gives_the_captions_and_what_it_leaves_out_has_none(folder):
@@ -178,14 +178,14 @@ def test_metadata_of_several_images_a_row_is_all_there_is(folder):
 
 
 def test_columns_are_renamed_only_where_it_is_meant():
-    assert tidy({"file_name": 1, "other_file_names": 2, "profile_name": 3}) == {
+    assert rename_file_name_columns({"file_name": 1, "other_file_names": 2, "profile_name": 3}) == {
         "image": 1,
         "other": 2,
         "file_name": 1,
         "other_file_names": 2,
         "profile_name": 3,
     }
-    assert tidy({"file_name": 1, "image": 2})["image"] == 2
+    assert rename_file_name_columns({"file_name": 1, "image": 2})["image"] == 2
 
 
 def test_a_caption_that_is_no_text_is_named(folder):
@@ -230,7 +230,7 @@ def test_what_was_saved_to_disk_is_read(folder):
 
 
 def test_several_splits_in_memory_are_refused():
-    with pytest.raises(ValueError, match="the data set has several splits, a, b: give one of them"):
+    with pytest.raises(ValueError, match="the data set has several splits, a, b: pass one of them"):
         open_source(DatasetDict({"a": Dataset.from_list(n(1)), "b": Dataset.from_list(n(2))}), "a")
 
 

@@ -229,14 +229,14 @@ def test_a_broken_settings_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"index": 0}, "row 0 is written already"),
+        ({"index": 0}, "row 0 was written before"),
         ({"prompt": " "}, "row 9: the prompt is empty"),
         ({"scores": [1]}, "row 9: 2 images have 1 scores"),
         ({"images": [], "scores": []}, "row 9: 0 images have 0 scores"),
-        ({"scores": [1, float("nan")]}, "row 9: the score nan is not finite; None is for"),
+        ({"scores": [1, float("nan")]}, "row 9: the score nan is not finite; use None"),
         ({"rewards": {"x": [1]}}, "row 9, x: 2 images have 1 scores"),
-        ({"rewards": {"y": [1, 2]}}, "row 9: unknown reward 'y'; the writer has x"),
-        ({"extra": {"z": 1}}, "row 9: unknown column 'z'; the writer has seed"),
+        ({"rewards": {"y": [1, 2]}}, r"row 9: unknown reward 'y'\. There are: x\."),
+        ({"extra": {"z": 1}}, r"row 9: unknown column 'z'\. There are: seed\."),
     ],
 )
 def test_a_row_that_does_not_fit_is_refused(tmp_path, change, message):
@@ -253,9 +253,9 @@ def test_a_value_of_another_type_is_refused(tmp_path):
     columns = pa.schema([("seed", pa.int64()), ("spec", pa.struct([("n", pa.int64())]))])
     with RankedWriter(tmp_path, columns=columns) as writer:
         for extra, message in (
-            ({"seed": "three"}, "row 0, column 'seed': 'three' is no int64"),
-            ({"seed": 2**70}, "row 0, column 'seed': .* is no int64"),
-            ({"spec": {"n": [1]}}, r"row 0, column 'spec': .* is no struct<n: int64>"),
+            ({"seed": "three"}, "row 0, column 'seed': 'three' is not of type int64"),
+            ({"seed": 2**70}, "row 0, column 'seed': .* is not of type int64"),
+            ({"spec": {"n": [1]}}, r"row 0, column 'spec': .* is not of type struct<n: int64>"),
         ):
             with pytest.raises(ValueError, match=message):
                 writer.write(0, "p", [picture(1)], [1], extra=extra)
@@ -269,6 +269,6 @@ def test_wrong_arguments_are_refused(tmp_path):
             RankedWriter(tmp_path, shard=shard)
     with pytest.raises(ValueError, match="rows_per_file must be at least 1"):
         RankedWriter(tmp_path, rows_per_file=0)
-    with pytest.raises(ValueError, match="two columns are both called 'prompt'"):
+    with pytest.raises(ValueError, match="two columns are called 'prompt'"):
         RankedWriter(tmp_path, columns={"prompt": pa.string()})
     assert os.listdir(tmp_path) == []
