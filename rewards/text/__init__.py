@@ -1,1 +1,1 @@
-"""Rewards that read text in pictures."""
+"""The reward that reads text in images."""

@@ -1,7 +1,7 @@
-"""Text rendering: what a text recogniser reads in an image, compared with what the prompt asks for.
+"""The reward `ocr`: the text that a recogniser reads in an image, compared with the text that the prompt asks for.
 
-The recogniser is rapidocr (PP-OCR models, which its wheel holds: nothing is downloaded) on onnxruntime, on CPU. It
-reads English and Chinese, written horizontally.
+The recogniser is rapidocr on onnxruntime, on the CPU. Its wheel contains the PP-OCR models, so that nothing is
+downloaded. It reads English and Chinese in horizontal lines.
 """
 
 import inspect
@@ -14,33 +14,33 @@ import numpy as np
 from PIL import Image
 
 from rewards.pictures import at_most, to_rgb
-from rewards.table import require
-from rewards.text.targets import in_reading_order, normalise, quoted, tokens
+from rewards.table import require_packages
+from rewards.text.targets import in_reading_order, normalise, quoted, similarity, tokens
 
 logger = logging.getLogger(__name__)
 
 _METRICS = ("edit", "word")
 _COLUMN = "text"
-_MAX_SIDE = 2000  # pixels; the recogniser makes larger images smaller itself
-_MAX_ASPECT = 8  # beyond it the recogniser enlarges a thin image until it fills the memory
+_MAX_SIDE = 2000  # pixels; the recogniser itself shrinks larger images
+_MAX_ASPECT = 8  # the recogniser would enlarge a thinner image until it fills the memory
 
 
 class Ocr:
-    """A reward in [0, 1]: how well the text that is read agrees with the wanted text, 1 where it is the same.
+    """A reward in [0, 1]: how well the text in an image agrees with its target, 1 for the same text.
 
-    Wanted is the data column `column`, or, where the data lacks it or the row holds None, the quoted parts of the
-    prompt, joined by a space. Text that was not asked for costs as much as text that is missing. Not scored (None):
-    no or an empty target, and a target with characters that the recogniser does not know (counted in `unsupported`,
-    and said once).
+    The target is the value of the data column `column`. If the data lacks the column or the value is None, it is the
+    quoted texts of the prompt, joined by spaces. Text that was not asked for costs as much as missing text. An image is
+    not scored (None) without a target, or if the recogniser does not know a character of it, which is counted in
+    `unsupported` and logged once.
 
     Args:
         metric: "edit": 1 - edit distance / length of the longer text. "word": the same by words (each CJK character is
-            one), so a word with one wrong letter is wrong.
+            one), so that a word with one wrong letter is wrong.
         column: data column with the target. "text" may be missing; any other must be in the data.
         pattern: a regular expression whose first group is the target in a prompt, instead of quotes.
-        ignore_case, ignore_punctuation: what does not count. ignore_spaces: with "edit" only.
+        ignore_case, ignore_punctuation: what does not count. ignore_spaces: the same, for "edit" only.
         min_side: pixels; a smaller image is enlarged before it is read.
-        min_confidence: text read with less, 0 to 1, is left out.
+        min_confidence: text that is recognised with a lower confidence, 0 to 1, is ignored.
         threads: of onnxruntime, for each of its two models.
 
     Raises:
@@ -60,31 +60,31 @@ class Ocr:
         threads: int = 1,
     ):
         if metric not in _METRICS:
-            raise ValueError(f"ocr: metric is one of {', '.join(_METRICS)}, found {metric!r}")
+            raise ValueError(f"ocr: metric must be one of {', '.join(_METRICS)}, found {metric!r}")
         if not column.isidentifier() or column in ("images", "prompts"):
-            raise ValueError(f"ocr: column {column!r} is no name of a data column")
+            raise ValueError(f"ocr: column {column!r} is not a valid name of a data column")
         if pattern is not None and re.compile(pattern).groups < 1:
-            raise ValueError(f"ocr: pattern {pattern!r} needs a group, in (), that holds the text")
+            raise ValueError(f"ocr: pattern {pattern!r} needs a group in parentheses that matches the text")
         if not 1 <= min_side <= _MAX_SIDE or threads < 1 or not 0 <= min_confidence <= 1:
             raise ValueError(
-                f"ocr: min_side is 1 to {_MAX_SIDE}, threads at least 1, min_confidence 0 to 1, "
+                f"ocr: min_side must be 1 to {_MAX_SIDE}, threads at least 1, min_confidence 0 to 1, "
                 f"found {min_side}, {threads}, {min_confidence}"
             )
-        require("ocr")
+        require_packages("ocr")
         self.metric, self.min_side = metric, min_side
         self.pattern = None if pattern is None else re.compile(pattern)
         self.column = column
-        self.comparing = {
+        self.normalisation = {
             "ignore_case": ignore_case,
             "ignore_spaces": ignore_spaces and metric == "edit",
             "ignore_punctuation": ignore_punctuation,
         }
-        #: Images left unscored because the recogniser does not know a character of their target.
+        #: Images not scored because the recogniser does not know a character of their target.
         self.unsupported = 0
-        self.__signature__ = self._signature()  # the registry reads the data column's name off it
-        self._lock = threading.Lock()  # the engine keeps settings between calls
+        self.__signature__ = self._signature()  # from which the registry takes the data column's name
+        self._lock = threading.Lock()  # the engine keeps the settings of a call
         self._engine = _engine(threads, min_confidence)
-        self._known = _characters(self._engine)
+        self._known_characters = _characters(self._engine)
 
     def _signature(self) -> inspect.Signature:
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -98,7 +98,7 @@ class Ocr:
         return [self._score(image, self.target(prompt, text)) for image, prompt, text in rows]
 
     def target(self, prompt: str, text: str | None = None) -> str:
-        """The text that an image should show; "" where there is none."""
+        """Return the text that an image should show, "" if there is none."""
         if text is not None:
             if not isinstance(text, str):
                 raise ValueError(
@@ -107,12 +107,12 @@ class Ocr:
             return text
         if self.pattern is None:
             return " ".join(quoted(prompt))
-        found = self.pattern.search(prompt)
-        return (found.group(1) or "") if found else ""
+        match = self.pattern.search(prompt)
+        return (match.group(1) or "") if match else ""
 
     def read(self, image: Image.Image) -> str:
-        """The text in an image, as it is read: lines from top to bottom, "" where there is none."""
-        prepared = self._prepared(image)
+        """Read the text in an image, lines from top to bottom; "" if there is none."""
+        prepared = self._prepare(image)
         with self._lock:
             found = self._engine(prepared, use_det=True, use_cls=False, use_rec=True)
         if found.boxes is None or not found.txts:
@@ -120,23 +120,19 @@ class Ocr:
         return in_reading_order(found.boxes, found.txts)
 
     def compare(self, read: str, target: str) -> float | None:
-        """Agreement of two texts, 0 to 1; None where nothing is left of the target to compare."""
-        from rapidfuzz.distance import Levenshtein
-
-        one, other = normalise(read, **self.comparing), normalise(target, **self.comparing)
-        if not other:
+        """Return the agreement of two texts, 0 to 1; None if the normalised target is empty."""
+        read, target = normalise(read, **self.normalisation), normalise(target, **self.normalisation)
+        if not target:
             return None
-        if self.metric == "word":
-            return Levenshtein.normalized_similarity(tokens(one), tokens(other))
-        return Levenshtein.normalized_similarity(one, other)
+        return similarity(tokens(read), tokens(target)) if self.metric == "word" else similarity(read, target)
 
     def _score(self, image: Image.Image, target: str) -> float | None:
-        wanted = normalise(target, ignore_case=False)
-        unknown = sorted({c for c in wanted if c not in self._known and not c.isspace()})
+        characters = normalise(target, ignore_case=False)
+        unknown = sorted({c for c in characters if c not in self._known_characters and not c.isspace()})
         if unknown:
             if not self.unsupported:
                 logger.warning(
-                    "ocr: the recogniser does not know %s (in %r): such targets are left unscored; said once",
+                    "ocr: the recogniser does not know %s (in %r): images with such targets are not scored; logged once",
                     " ".join(unknown),
                     target,
                 )
@@ -146,7 +142,8 @@ class Ocr:
             return None
         return self.compare(self.read(image), target)
 
-    def _prepared(self, image: Image.Image) -> Image.Image:
+    def _prepare(self, image: Image.Image) -> Image.Image:
+        """Return the image in a size and proportions that the recogniser can read."""
         image = at_most(to_rgb(image), _MAX_SIDE)
         width, height = image.size
         least = -(-max(width, height) // _MAX_ASPECT)
@@ -165,18 +162,19 @@ def _engine(threads: int, min_confidence: float) -> Any:
     from rapidocr import RapidOCR
 
     settings = {
-        "Global.use_cls": False,  # it turns lines that stand on their head, and at times those that do not
+        "Global.use_cls": False,  # it turns lines that are upside down, but sometimes others too
         "Global.text_score": min_confidence,
-        "Global.log_level": "error",  # else a line for every image without text
+        "Global.log_level": "error",  # otherwise it logs every image without text
         "Det.limit_type": "max",
         "Det.limit_side_len": 512,
-        "EngineConfig.onnxruntime.intra_op_num_threads": threads,  # else it takes every core, beside torch
+        "EngineConfig.onnxruntime.intra_op_num_threads": threads,  # otherwise it takes every core
         "EngineConfig.onnxruntime.inter_op_num_threads": 1,
     }
     return RapidOCR(params=settings)
 
 
 def _characters(engine: Any) -> frozenset[str]:
-    """What the recogniser can write; its model is loaded by the first image that gets past the detector."""
+    """Return the characters that the recogniser knows."""
+    # Its model is loaded by the first image that it reads.
     engine(np.full((48, 96, 3), 255, dtype=np.uint8), use_det=False, use_cls=False, use_rec=True)
     return frozenset(engine.text_rec.postprocess_op.character)

@@ -1,10 +1,10 @@
-"""What text a prompt asks for, and how two texts are compared: pure functions of strings."""
+"""The text that a prompt asks for, and the comparison of two texts."""
 
 import re
 import unicodedata
 from collections.abc import Sequence
 
-# An apostrophe follows a letter (don't, the dogs'), and so does the sign of inches (5" x 7"): neither opens a quote.
+# After a letter or digit a mark does not open a quote: it is an apostrophe (don't, the dogs') or inches (5" x 7").
 _QUOTES = re.compile(
     "|".join(
         (
@@ -20,7 +20,7 @@ _QUOTES = re.compile(
         )
     )
 )
-#: Marks that look alike, and that a recogniser may give one for the other.
+#: Marks that look alike, which a recogniser may confuse, and the one that all become.
 _ALIKE = str.maketrans("‘’‛′“”„‟″–—−‐‑", '\'\'\'\'"""""-----')
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _BETWEEN_CJK = re.compile(rf"(?<=[{_CJK}])\s+(?=[{_CJK}])")
@@ -28,27 +28,27 @@ _TOKEN = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
 
 
 def quoted(prompt: str) -> list[str]:
-    """The quoted parts of a prompt, in their order, without those that hold nothing.
+    """Return the quoted texts of a prompt in their order, without empty ones.
 
-    Quotation marks: straight and curly, single and double, guillemets, German, and the CJK corner brackets. Of quotes
-    within quotes the outer ones count. An apostrophe or a mark that never closes quotes nothing.
+    Quotation marks are straight and curly, single and double, guillemets, German ones, and CJK corner brackets. Of
+    quotes within quotes only the outer ones count. Apostrophes and marks that are never closed are ignored.
     """
     found = (next(filter(None, match.groups()), "").strip() for match in _QUOTES.finditer(prompt))
-    return [part for part in found if part]
+    return [text for text in found if text]
 
 
 def normalise(
     text: str, ignore_case: bool = True, ignore_spaces: bool = False, ignore_punctuation: bool = False
 ) -> str:
-    """A text as it is compared: NFKC (full width becomes half width), look-alike quotes and dashes as one.
+    """Normalise a text for comparison: NFKC (full width becomes half width), with look-alike quotes and dashes unified.
 
-    Spaces become one each and none stands between two CJK characters; `ignore_spaces` takes out all of them.
+    White space becomes single spaces, and is removed between two CJK characters; `ignore_spaces` removes all of it.
     """
     text = unicodedata.normalize("NFKC", text.translate(_ALIKE)).translate(_ALIKE)
     if ignore_case:
         text = text.casefold()
     if ignore_punctuation:
-        # A mark between letters is part of the word (don't); any other may be all that keeps two words apart.
+        # An apostrophe between letters belongs to the word (don't); any other mark may be all that separates two words.
         text = re.sub(r"(?<=\w)'(?=\w)", "", text)
         text = "".join(" " if unicodedata.category(c)[0] == "P" else c for c in text)
     text = _BETWEEN_CJK.sub("", " ".join(text.split()))
@@ -56,16 +56,33 @@ def normalise(
 
 
 def tokens(text: str) -> list[str]:
-    """Words, split at spaces; every CJK character is a word of its own."""
+    """Split a text into words at spaces; every CJK character is a word of its own."""
     return _TOKEN.findall(text)
 
 
+def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
+    """Return the Levenshtein distance of two strings or lists of words."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+    return row[-1]
+
+
+def similarity(a: Sequence[str], b: Sequence[str]) -> float:
+    """Return 1 - edit distance / length of the longer one, in [0, 1]; 1 for two empty ones."""
+    longest = max(len(a), len(b))
+    return 1.0 - edit_distance(a, b) / longest if longest else 1.0
+
+
 def in_reading_order(boxes: Sequence[Sequence[Sequence[float]]], texts: Sequence[str]) -> str:
-    """The texts of boxes as they are read: lines from top to bottom, each from left to right, one space between.
+    """Join the texts of boxes by spaces, line by line from top to bottom, each line from left to right.
+
+    A box belongs to the same line as the one before it if their middles are less than half the smaller height apart.
 
     Args:
-        boxes: N of (4 corners, x and y), in pixels. texts: N. A box belongs to a line when its middle is closer than
-            half of the smaller height to that of the box before it in the line.
+        boxes: N of (4 corners, x and y), in pixels. texts: N.
     """
     items = []
     for box, text in zip(boxes, texts, strict=True):

@@ -159,7 +159,7 @@ def test_other_modes_are_measured():
 
 
 def test_too_small_an_image_is_refused():
-    with pytest.raises(ValueError, match="8 x 8 at least"):
+    with pytest.raises(ValueError, match="at least 8 x 8"):
         shapes.measure(Image.new("RGB", (7, 64)))
 
 
@@ -169,7 +169,7 @@ def test_malformed_columns_are_refused():
         shapes.shapes_exact([image, image], ["", ""], spec=[spec])
     with pytest.raises(ValueError, match="lacks word"):
         shapes.shapes_exact([image], [""], spec=[{k: v for k, v in spec.items() if k != "word"}])
-    with pytest.raises(ValueError, match="did you mean 'count'"):
+    with pytest.raises(ValueError, match="Did you mean 'count'"):
         shapes.shapes_exact([image], [""], spec=[spec | {"kind": "counts"}])
 
 
@@ -221,9 +221,9 @@ def test_preference_of_nothing_is_zero_not_one():
 @pytest.mark.parametrize(
     ("attribute", "values", "message"),
     [
-        ("backgroud", ["red"], "did you mean 'background'"),
-        ("background", ["read"], "did you mean 'red'"),
-        ("shape", ["cirle"], "did you mean 'circle'"),
+        ("backgroud", ["red"], "Did you mean 'background'"),
+        ("background", ["read"], "Did you mean 'red'"),
+        ("shape", ["cirle"], "Did you mean 'circle'"),
         ("n", [4], "unknown value of 'n' 4"),
         ("color", [], "at least one"),
     ],

@@ -12,7 +12,7 @@ import pytest
 from rewards import BUILTINS, load_rewards
 from rewards.geneval.reward import GenEval
 from rewards.registry import resolve
-from rewards.table import require
+from rewards.table import require_packages
 
 EXTRAS = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
@@ -23,14 +23,14 @@ def test_the_extra_of_a_built_in_brings_its_packages(name):
     brought = {re.match(r"[\w-]+", line)[0] for line in EXTRAS[builtin.extra]} if builtin.extra else set()
     assert set(builtin.packages) <= brought
     assert importlib.util.find_spec(builtin.target.partition(":")[0]) is not None
-    require(name)  # the tests have everything
+    require_packages(name)  # the tests have everything
 
 
 def test_an_extra_is_named_where_a_package_is_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"'ocr' needs the package rapidocr, onnxruntime, rapidfuzz.*align\[ocr\]"):
-        require("ocr")
-    require("brightness")
+    with pytest.raises(ImportError, match=r"'ocr' needs the package rapidocr, onnxruntime.*align\[ocr\]"):
+        require_packages("ocr")
+    require_packages("brightness")
 
 
 def test_the_columns_of_the_table_are_those_that_the_rewards_take():
