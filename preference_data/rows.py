@@ -34,8 +34,8 @@ _LONGEST_OBJECT = 1 << 26  # characters; limits the memory that a file of anythi
 class Row:
     """A row of a file.
 
-    where: its place for messages, "file.parquet, row 3", counted from 0. values: its columns. folder: where its relative
-    paths start; None for the working folder.
+    where: its place for messages, "file.parquet, row 3", counted from 0. values: its columns. folder: where its
+    relative paths start; None for the working folder.
     """
 
     where: str

@@ -19,7 +19,7 @@ _WITHOUT_ROWS = {
     "state.json",
     "package.json",
 }
-_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _BATCH = 16
 
 
@@ -61,7 +61,7 @@ class ImageFolder:
     def __init__(self, folder: Path) -> None:
         self.name = str(folder)
         self.folder = folder
-        self.metadata = next((folder / name for name in _METADATA if (folder / name).is_file()), None)
+        self.metadata = next((folder / name for name in _METADATA_FILES if (folder / name).is_file()), None)
         self.by_path = self.metadata is None or ending_of(self.metadata) in TEXT_ENDINGS
 
     def __iter__(self) -> Iterator[Row | BadRow]:
@@ -194,15 +194,15 @@ def _folder(path: Path, split: str) -> Source:
         files = [file for file in _data_files(folder) if _split_of(file.name, split) == split]
         if files:
             return _files(folder, _one_kind(files))
-    if any((path / split / name).is_file() for name in _METADATA):
+    if any((path / split / name).is_file() for name in _METADATA_FILES):
         return ImageFolder(path / split)
     splits = {_split_of(file.name, split) for folder in (path, path / "data") for file in _data_files(folder)}
     splits |= {item.name for item in path.iterdir() if item.is_dir() and re.fullmatch(_SPLITS, item.name)}
     found = ", ".join(sorted(filter(None, splits)))
-    if found and not (path / split).is_dir() and not any((path / name).is_file() for name in _METADATA):
+    if found and not (path / split).is_dir() and not any((path / name).is_file() for name in _METADATA_FILES):
         raise FileNotFoundError(f"{path} has no data for the split {split!r}. It has: {found}")
     for folder in (path / split, path, path / "data"):
-        if any((folder / name).is_file() for name in _METADATA):
+        if any((folder / name).is_file() for name in _METADATA_FILES):
             return ImageFolder(folder)
         files = _one_kind(_data_files(folder))
         if files:
@@ -220,7 +220,7 @@ def _data_files(folder: Path) -> list[Path]:
     """Return the files with rows directly in a folder, sorted; without hidden ones and an image folder's metadata."""
     if not folder.is_dir():
         return []
-    skip = _WITHOUT_ROWS.union(_METADATA)
+    skip = _WITHOUT_ROWS.union(_METADATA_FILES)
     files = [file for file in folder.iterdir() if ending_of(file) and not file.name.startswith(".")]
     return sorted(file for file in files if file.name not in skip and file.is_file())
 
@@ -240,7 +240,8 @@ _SPLITS = r"train|training|test|testing|validation|valid|val|dev|eval|evaluation
 def _split_of(file: str, split: str) -> str | None:
     """Return the split that a data file's name begins with, ``split`` itself or a common one, or None.
 
-    Examples of names: `train.jsonl`, `train-00000-of-00004.parquet`, `train_017.tar`, `metadata-train.parquet`, `validation_unique.json`.
+    Examples of names: `train.jsonl`, `train-00000-of-00004.parquet`, `train_017.tar`, `metadata-train.parquet`,
+    `validation_unique.json`.
     """
     ending = next(ending for ending in READERS if file.lower().endswith(ending))
     names = rf"{re.escape(split)}|(?:{_SPLITS})(?:_[a-z][a-z0-9_]*)?"

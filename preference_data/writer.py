@@ -27,7 +27,7 @@ _IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
 _SCORES = pa.list_(pa.float64())
 _ROW_GROUP = 8  # rows that a reader holds in memory at once, with their images
 #: Tells `datasets` to decode the images; it recognises the other columns by itself.
-_METADATA = {
+_SCHEMA_METADATA = {
     "huggingface": json.dumps({"info": {"features": {"images": {"feature": {"_type": "Image"}, "_type": "List"}}}})
 }
 _FILE_NAME = re.compile(r"part-(\d{5})-of-(\d{5})-(\d{6})\.parquet")
@@ -37,8 +37,8 @@ class RankedWriter:
     """A writer of rows with ``prompt``, ``images``, ``scores``, ``scores_NAME`` for each reward, and further columns.
 
     Each row has an ``index``; a run that is continued skips those in :attr:`done`. Rows are written in files of
-    ``rows_per_file``. A file gets its final name only when it is complete and on the disk, so that a crash loses at most
-    the rows of one file and leaves no incomplete one. Use the writer in a ``with`` statement, or :meth:`close` it.
+    ``rows_per_file``. A file gets its final name only when it is complete and on the disk, so that a crash loses at
+    most the rows of one file and leaves no incomplete one. Use the writer in a ``with`` statement, or :meth:`close` it.
     """
 
     def __init__(
@@ -244,7 +244,7 @@ def _schema(rewards: Sequence[str], extra: Sequence[pa.Field]) -> pa.Schema:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"two columns are called {name!r}: leave it out of `columns`, or rename it")
-    return pa.schema([*standard, *extra], metadata=_METADATA)
+    return pa.schema([*standard, *extra], metadata=_SCHEMA_METADATA)
 
 
 def _check_names(kind: str, given: Mapping[str, Any], known: Sequence[str], where: str) -> None:

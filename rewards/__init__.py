@@ -1,8 +1,8 @@
-"""Rewards: any callable ``reward(images, prompts, **columns) -> list of float or None``.
+"""Rewards: callables ``reward(images, prompts, **columns) -> list of float or None``.
 
-``images`` is a list of PIL images, ``prompts`` a list of str, ``columns`` the other columns of the data that the
-callable asks for by name, each a list of the same length. None (or NaN) means *not scored*, which is not the same
-as 0. The callable may be ``async``. This package never imports ``align``.
+``images`` is a list of PIL images, ``prompts`` a list of str. ``columns`` are the other data columns that the callable
+asks for by name, each a list of the same length. None (or NaN) means *not scored*, which is not the same as 0. The
+callable may be ``async``. This package never imports ``align``.
 """
 
 from rewards.calling import score

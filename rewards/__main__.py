@@ -1,4 +1,4 @@
-"""Rewards from the shell.
+"""List the rewards, or score images, from the shell.
 
 python -m rewards list
 python -m rewards score --use hpsv2 --use ocr --images *.png --prompt "a red cat"
@@ -25,27 +25,29 @@ from rewards.table import BUILTINS, Builtin
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command; a mistake is answered with a sentence."""
+    """Run a command; errors of the user are printed in one line."""
     parser = argparse.ArgumentParser(
         prog="python -m rewards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    listing = commands.add_parser("list", help="the built-in rewards, what each needs, whether it can run here")
-    listing.add_argument("--json", action="store_true", help="as JSON")
+    listing = commands.add_parser(
+        "list", help="list the built-in rewards, what each needs, and whether it can run here"
+    )
+    listing.add_argument("--json", action="store_true", help="print JSON")
     scoring = commands.add_parser("score", help="score images")
     add = scoring.add_argument
     add("--use", action="append", default=[], help="a built-in name, module:attr or file.py:attr; may be repeated")
     add("--config", type=Path, help="YAML with a list `rewards:`, as for training (args, environment, endpoints)")
     add("--images", nargs="+", required=True, help="files or patterns")
-    add("--prompt", help="of all images; without it, the text of a .txt file beside each image")
+    add("--prompt", help="prompt of all images; default: the text of a .txt file beside each image")
     add(
         "--column",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a data column, JSON or text, for all images",
+        help="a data column for all images, JSON or text",
     )
-    add("--json", action="store_true", help="one JSON object a line instead of a table")
+    add("--json", action="store_true", help="print one JSON object a line instead of a table")
     args = parser.parse_args(argv)
     try:
         if args.command == "list":
@@ -53,8 +55,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             _print_scores(args)
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
+    except BrokenPipeError:  # as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the remaining output goes at exit
     except (ValueError, OSError, ImportError, RewardError) as error:
         raise SystemExit(f"error: {error}") from None
 
@@ -78,18 +80,18 @@ def _print_list(as_json: bool) -> None:
 
 
 def _facts(builtin: Builtin) -> dict[str, Any]:
-    """What the listing says of a built-in."""
+    """Return what the list shows of a built-in."""
     missing = [name for name in builtin.packages if importlib.util.find_spec(name.partition(".")[0]) is None]
     cached = {name: _in_cache(name) for name in builtin.checkpoints}
     runs = "yes"
     if not all(cached.values()):
-        absent = ", ".join(name for name, there in cached.items() if not there)
-        runs = f"not yet: downloaded when first used, or give a path in `args`: {absent}"
+        absent = ", ".join(name for name, is_cached in cached.items() if not is_cached)
+        runs = f"after a download at the first use, or with paths in `args`: {absent}"
     if missing:
-        runs = f"no: without {', '.join(missing)}"
+        runs = f"no: {', '.join(missing)} not installed"
     return {
         "about": builtin.about,
-        "columns": [name.replace("?", " (if there)") for name in builtin.columns],
+        "columns": [name.replace("?", " (optional)") for name in builtin.columns],
         "packages": list(builtin.packages),
         "extra": builtin.extra,
         "checkpoints": cached,
@@ -98,7 +100,7 @@ def _facts(builtin: Builtin) -> dict[str, Any]:
 
 
 def _in_cache(checkpoint: str) -> bool:
-    """Whether a file of the hub, or a model's config for all of it, has been fetched before."""
+    """Whether a file (or, for a model, its config) is in the local cache of the hub."""
     from huggingface_hub import try_to_load_from_cache
 
     repository, _, file = checkpoint.partition(":")
@@ -110,14 +112,14 @@ def _in_cache(checkpoint: str) -> bool:
 
 def _print_scores(args: argparse.Namespace) -> None:
     specs = [*args.use, *(read_rewards(args.config) if args.config else [])]
-    files = _files(args.images)
-    prompts = [args.prompt if args.prompt is not None else _beside(file) for file in files]
-    columns = {name: [value] * len(files) for name, value in map(_column, args.column)}
+    files = _find_files(args.images)
+    prompts = [args.prompt if args.prompt is not None else _read_prompt(file) for file in files]
+    columns = {name: [value] * len(files) for name, value in map(_parse_column, args.column)}
     rewards = load_rewards(specs)
     try:
         for reward in rewards:
             reward.check_columns(columns)
-        table, failures = score(rewards, [_open(file) for file in files], prompts, columns)
+        table, failures = score(rewards, [_read_image(file) for file in files], prompts, columns)
     finally:
         for reward in rewards:
             reward.close()
@@ -135,7 +137,7 @@ def _print_scores(args: argparse.Namespace) -> None:
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
-    """Columns as wide as they must be; "-" where there is no score."""
+    """Print aligned columns, with "-" for an image that was not scored."""
     cells = [["image", *names]]
     cells += [[row["image"], *("-" if row[n] is None else f"{row[n]:.6g}" for n in names)] for row in rows]
     widths = [max(len(line[n]) for line in cells) for n in range(len(cells[0]))]
@@ -143,24 +145,24 @@ def _print_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Non
         print("  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]))
 
 
-def _files(patterns: Sequence[str]) -> list[Path]:
+def _find_files(patterns: Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for pattern in patterns:
         found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
         if not found:
-            raise FileNotFoundError(f"there is no image {pattern}")
+            raise FileNotFoundError(f"no image matches {pattern}")
         files += map(Path, found)
     return files
 
 
-def _beside(file: Path) -> str:
+def _read_prompt(file: Path) -> str:
     text = file.with_suffix(".txt")
     if not text.is_file():
         raise FileNotFoundError(f"{file} has no prompt: pass --prompt, or write it to {text}")
     return text.read_text().strip()
 
 
-def _column(text: str) -> tuple[str, Any]:
+def _parse_column(text: str) -> tuple[str, Any]:
     name, separator, value = text.partition("=")
     if not separator or not name:
         raise ValueError(f"--column {text}: give NAME=VALUE")
@@ -170,7 +172,7 @@ def _column(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _open(file: Path) -> Image.Image:
+def _read_image(file: Path) -> Image.Image:
     try:
         with Image.open(file) as image:
             return image.convert("RGB")

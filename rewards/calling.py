@@ -1,4 +1,4 @@
-"""Calling rewards and holding them to their contract."""
+"""Calling rewards and checking what they return."""
 
 import asyncio
 import functools
@@ -22,48 +22,48 @@ def score(
     prompts: list[str],
     columns: Mapping[str, list[Any]],
 ) -> tuple[list[list[float]], dict[str, str]]:
-    """Score images by every reward.
+    """Score images with every reward.
 
-    Plain rewards are called one after the other in this thread, or in others where an async one is among them.
+    Plain rewards are called one after the other: in this thread, or in other threads if an async reward is among them.
 
     Args:
         images, prompts: N of each. columns: the other data columns, N values each.
 
     Returns:
-        scores: one list of N floats per reward, NaN where an image was not scored (None, NaN or infinite).
-        failures: name of the reward to what it raised; such a reward scored nothing this time.
+        scores: one list of N floats per reward, NaN for an image that was not scored (None, NaN or infinite).
+        failures: what each failing reward raised, by its name; its scores are all NaN.
 
     Raises:
-        RewardError: a reward returned the wrong number of scores, or something that is not a number.
+        RewardError: a reward returned the wrong number of scores, or a score that is not a number.
     """
-    results = _run(_call_all(rewards, images, prompts, columns))
+    results = _run_coroutine(_call_all(rewards, images, prompts, columns))
     scores, failures = [], {}
     for reward, result in zip(rewards, results, strict=True):
         if isinstance(result, Exception):
             failures[reward.name] = describe(result)
             scores.append([math.nan] * len(images))
         else:
-            scores.append(_checked(reward, result, len(images)))
+            scores.append(_check_scores(reward, result, len(images)))
     return scores, failures
 
 
 def score_one(
     reward: Reward, images: list[Image.Image], prompts: list[str], columns: Mapping[str, list[Any]]
 ) -> list[float]:
-    """As :func:`score` for a single reward, but what it raises is raised."""
-    (result,) = _run(_call_all([reward], images, prompts, columns))
+    """Score images with one reward, as :func:`score` does, but raise what the reward raises."""
+    (result,) = _run_coroutine(_call_all([reward], images, prompts, columns))
     if isinstance(result, Exception):
         raise result
-    return _checked(reward, result, len(images))
+    return _check_scores(reward, result, len(images))
 
 
 def as_json(scores: Sequence[float]) -> list[float | None]:
-    """NaN, which JSON does not know, as None: not scored."""
+    """Replace NaN, which JSON does not have, by None."""
     return [None if math.isnan(value) else value for value in scores]
 
 
-def _run(calls: Coroutine[Any, Any, list[Any]]) -> list[Any]:
-    """``asyncio.run``, from within a running event loop (a notebook) too."""
+def _run_coroutine(calls: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+    """Run a coroutine to its end, also where an event loop is running already (in a notebook)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -75,27 +75,29 @@ def _run(calls: Coroutine[Any, Any, list[Any]]) -> list[Any]:
 async def _call_all(
     rewards: Sequence[Reward], images: list[Image.Image], prompts: list[str], columns: Mapping[str, list[Any]]
 ) -> list[Any]:
-    """Async rewards wait on each other's side; what a reward raises is returned in its place."""
+    """Call all rewards, the async ones concurrently; an error takes the place of a result."""
 
-    # Beside an async reward a plain one must not keep the event loop, whose timers would find that reward too slow.
-    # It has a thread then, and with others of its kind takes turns; otherwise it has this one.
-    waiting, turn = any(_is_async(reward.function) for reward in rewards), asyncio.Lock()
+    # A plain reward would block the event loop, so that the timeouts of async rewards would fire too early. If there
+    # are any, plain rewards therefore run in threads, one at a time.
+    some_async, one_at_a_time = any(_is_async(reward.function) for reward in rewards), asyncio.Lock()
 
     async def call(reward: Reward) -> Any:
-        wanted = columns if reward.columns is None else {k: columns[k] for k in reward.columns if k in columns}
-        run = functools.partial(reward.function, images=images, prompts=prompts, **wanted)
+        taken = columns if reward.columns is None else {k: columns[k] for k in reward.columns if k in columns}
+        run = functools.partial(reward.function, images=images, prompts=prompts, **taken)
         try:
-            if waiting and not _is_async(reward.function):
-                async with turn:
+            if some_async and not _is_async(reward.function):
+                async with one_at_a_time:
                     result = await in_thread(run)
             else:
                 result = run()
             return await result if inspect.isawaitable(result) else result
-        except RewardError:  # of a reward that runs elsewhere, where its scores were checked
+        except RewardError:  # from a reward that runs elsewhere, where its scores were checked
             raise
-        except (SystemExit, asyncio.CancelledError) as error:  # neither is the end of the run
+        except (SystemExit, asyncio.CancelledError) as error:  # neither should end the run
             return RewardFailed(f"{type(error).__name__}: {error}")
-        except Exception as error:  # whatever a user's function raises: reported by name, counted, never a 0
+        except (
+            Exception
+        ) as error:  # whatever a user's function raises is reported by name and counted, never taken for a 0
             return error
 
     return list(await asyncio.gather(*map(call, rewards)))
@@ -105,25 +107,26 @@ def _is_async(function: Any) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def _checked(reward: Reward, result: Any, expected: int) -> list[float]:
-    listed = hasattr(result, "__len__") and hasattr(result, "__iter__") and getattr(result, "ndim", 1) > 0
-    if not listed or isinstance(result, (str, bytes, Mapping, Set)):
+def _check_scores(reward: Reward, result: Any, expected: int) -> list[float]:
+    is_sequence = hasattr(result, "__len__") and hasattr(result, "__iter__") and getattr(result, "ndim", 1) > 0
+    if not is_sequence or isinstance(result, (str, bytes, Mapping, Set)):
         raise RewardError(f"reward {reward.name!r} returned {type(result).__name__}, not a list of {expected} scores")
     if len(result) != expected:
         raise RewardError(f"reward {reward.name!r} returned {len(result)} scores for {expected} images")
-    return [_number(reward, row, value) for row, value in enumerate(result)]
+    return [_to_float(reward, row, value) for row, value in enumerate(result)]
 
 
-def _number(reward: Reward, row: int, value: Any) -> float:
+def _to_float(reward: Reward, row: int, value: Any) -> float:
+    """Return a score as a float, NaN for None or an infinite number; raise RewardError for anything else."""
     if value is None:
         return math.nan
     if not isinstance(value, numbers.Number) and hasattr(value, "item"):
-        with suppress(ValueError, RuntimeError):  # a tensor or array of another size than one: refused below
+        with suppress(ValueError, RuntimeError):  # a tensor or array with more than one element, which is refused below
             value = value.item()
     if isinstance(value, numbers.Real):
         try:
             number = float(value)
-        except OverflowError:  # a whole number beyond all floats
+        except OverflowError:  # an integer that is larger than any float
             return math.nan
         return number if math.isfinite(number) else math.nan
     raise RewardError(

@@ -1,16 +1,19 @@
 """What a reward is, and what can go wrong with one."""
 
+import abc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
+
 from rewards.hints import nearest
 from rewards.weights import CategoryWeights, Weight
 
-#: What every reward is given; all else it asks for by name.
+#: The arguments that every reward takes; it asks for data columns by name.
 GIVEN = ("images", "prompts")
-#: Seconds after which a call of a reward that runs elsewhere is given up, all its tries together: other processes of a
-#: run wait for its scores, and torch's collectives (`ddp_timeout`) do so for 1800 s.
+#: Seconds after which a call of a reward that runs elsewhere is given up, all its tries together. Other processes of a
+#: run wait for the scores, in torch's collectives for at most 1800 s (`ddp_timeout`).
 CALL_SECONDS = 1500.0
 
 
@@ -19,25 +22,55 @@ class RewardError(RuntimeError):
 
 
 class RewardFailed(RuntimeError):
-    """A reward that runs elsewhere failed for these images; the message says what it raised there."""
+    """A reward that runs elsewhere failed for these images; the message is that of the error it raised there."""
 
 
 class RewardUnavailable(RewardFailed):
-    """A call was given up: the reward hung, died or could not be reached, as often as it may."""
+    """A call was given up after all its tries: the reward hung, died or could not be reached."""
 
 
 def describe(error: BaseException) -> str:
-    """What a reward raised, in one line; the same wherever it ran."""
+    """Describe in one line what a reward raised, in the same words wherever it ran."""
     return str(error) if isinstance(error, RewardFailed) else f"{type(error).__name__}: {error}"
+
+
+class RunsElsewhere(abc.ABC):
+    """A callable reward whose work is done by another process or by a service.
+
+    columns, required: the data columns it takes and those it needs, as in :class:`Reward`.
+    """
+
+    columns: tuple[str, ...] | None
+    required: tuple[str, ...]
+
+    @abc.abstractmethod
+    async def __call__(self, images: list[Image.Image], prompts: list[str], **columns: list[Any]) -> list[float | None]:
+        """Score images; raise RewardFailed, RewardUnavailable or RewardError."""
+
+    @abc.abstractmethod
+    def check_values(self, row: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming the column, for a value of a data row that cannot be sent there."""
+
+    @abc.abstractmethod
+    def problem(self) -> str | None:
+        """Return why it cannot be called now, or None."""
+
+    @abc.abstractmethod
+    def revive(self) -> None:
+        """Start again what has died; raise RewardUnavailable if that fails."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """End the process or close the connections."""
 
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward ready to be called.
+    """A reward that is ready to be called.
 
-    name: under which it is logged. function: the callable. weight: its share in the sum, one number
-    or one for each category; with 0 it is only measured.
-    columns: data columns it takes by name; ``None`` when it takes every column (``**columns``).
+    name: the name it is logged under. function: the callable. weight: its share in the weighted sum, a number or one
+    for each category; with 0 it is only measured.
+    columns: the data columns it takes by name, None if it takes all of them (``**columns``).
     required: those of them without a default.
     """
 
@@ -48,13 +81,13 @@ class Reward:
     required: tuple[str, ...]
 
     def check_columns(self, available: Iterable[str]) -> None:
-        """Raise ValueError when the data lacks a column that this reward needs."""
-        available = [column for column in available if column != "prompt"]  # those come as `prompts`
-        taken = [name for name in GIVEN if name in available]
-        if self.columns is None and taken:
+        """Raise ValueError if the data has no column that this reward or its weight needs."""
+        available = [column for column in available if column != "prompt"]  # passed as `prompts`
+        reserved = [name for name in GIVEN if name in available]
+        if self.columns is None and reserved:
             raise ValueError(
-                f"reward {self.name!r} takes every data column, and {taken[0]!r} is an argument of its own: "
-                "rename the column"
+                f"reward {self.name!r} takes every data column, and a column {reserved[0]!r} clashes with its argument "
+                "of that name: rename the column"
             )
         for column in self.required:
             if column not in available:
@@ -65,30 +98,38 @@ class Reward:
 
         if isinstance(self.weight, CategoryWeights) and self.weight.column not in available:
             raise ValueError(
-                f"the weight of reward {self.name!r} goes by the data column {self.weight.column!r}, which the data lacks."
-                + nearest(self.weight.column, available)
+                f"the weight of reward {self.name!r} depends on the data column {self.weight.column!r}, which the data "
+                "lacks." + nearest(self.weight.column, available)
             )
 
     def check_weights(self, rows: Mapping[str, Iterable[Any]]) -> None:
-        """Raise ValueError, naming the row, when the data holds a category that has no weight."""
+        """Raise ValueError, naming the row, if the data has a category without a weight."""
         if isinstance(self.weight, CategoryWeights):
             self.weight.check(self.name, rows[self.weight.column])
 
     def check_row(self, row: Mapping[str, Any]) -> None:
-        """Raise ValueError where a value of a data row cannot be sent to where this reward runs."""
-        if hasattr(self.function, "endpoints") or hasattr(self.function, "environment"):
-            from rewards.remote import wire
-
-            wanted = row if self.columns is None else {name: row[name] for name in self.columns if name in row}
-            wire.check_columns({name: [value] for name, value in wanted.items() if name != "prompt"})
+        """Raise ValueError if this reward runs elsewhere and a value of a data row cannot be sent there."""
+        if isinstance(self.function, RunsElsewhere):
+            names = row if self.columns is None else [name for name in self.columns if name in row]
+            self.function.check_values({name: row[name] for name in names if name != "prompt"})
 
     def weight_of(self, row: Mapping[str, Any]) -> float:
-        """This reward's share in the sum for one data row."""
+        """Return this reward's weight for a data row."""
         weight = self.weight
         return weight.of(row[weight.column]) if isinstance(weight, CategoryWeights) else weight
 
+    @property
+    def truncated(self) -> int | None:
+        """How many prompts were cut because the reward reads only so many tokens; None if it does not count them."""
+        return getattr(self.function, "truncated", None)
+
     def close(self) -> None:
-        """Let go of what the reward holds (a worker process, connections), if its callable has a ``close``."""
-        close = getattr(self.function, "close", None)
-        if callable(close):
-            close()
+        """Release what the reward holds (a process, connections)."""
+        close_callable(self.function)
+
+
+def close_callable(function: Callable[..., Any]) -> None:
+    """Call a reward's method ``close``, if it has one."""
+    close = getattr(function, "close", None)
+    if callable(close):
+        close()

@@ -1,10 +1,10 @@
-"""Images as rewards want them: three channels, and no larger than is useful."""
+"""Converting images to what rewards need: RGB, and not larger than useful."""
 
 from PIL import Image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB; what is transparent is seen on white."""
+    """Convert an image to RGB, with transparency put on white."""
     if "A" in image.getbands() or "transparency" in image.info:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
@@ -12,7 +12,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def at_most(image: Image.Image, side: int) -> Image.Image:
-    """The image, made smaller where its longest side is above `side` pixels; its proportions stay."""
+    """Shrink an image whose longest side is above `side` pixels; its proportions are kept."""
     longest = max(image.size)
     if longest <= side:
         return image

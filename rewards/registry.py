@@ -1,4 +1,4 @@
-"""From a name in a config to a callable: lazily, and with an error that says what would have worked."""
+"""Loading rewards by the names in a config. Only what a config names is imported."""
 
 import hashlib
 import importlib
@@ -12,14 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rewards.contract import GIVEN, Reward
+from rewards.contract import GIVEN, Reward, RunsElsewhere
 from rewards.hints import nearest
 from rewards.table import BUILTINS
 from rewards.weights import Weight, parse_weight
 
 _KEYS = ("use", "weight", "args", "name", "environment", "endpoints", "timeout", "retries", "images_per_request")
-#: Seconds that a call may take, and how often it is tried again, where a reward runs elsewhere and nothing is said.
-#: With the client's pauses 8 tries take a minute and a half: a service that is restarted loads its models again.
+#: Defaults for rewards that run elsewhere: seconds a call may take, and how often a lost call is tried again. With the
+#: client's pauses 8 tries take a minute and a half, in which a restarted service loads its models again.
 TIMEOUT, ENVIRONMENT_RETRIES, ENDPOINT_RETRIES = 300.0, 2, 8
 #: The weighted sum of all rewards is logged under this name.
 TOTAL = "reward"
@@ -32,14 +32,15 @@ def load_rewards(specs: Spec | Iterable[Spec]) -> list[Reward]:
     """Load every reward of a config.
 
     Args:
-        specs: each a name, a mapping ``{use, weight, args, name}``, a callable, or a Reward; one of them may stand
-            without a list. ``use`` is a built-in name, ``module:attr`` or ``file.py:attr``; with ``args`` the attr is a
-            factory called with them. Further keys say where it runs: ``environment`` (a process with packages of its own,
-            `rewards.remote.isolated`) or ``endpoints`` (a service, `rewards.remote.client`; ``images_per_request``), ``timeout``
-            (seconds a call may take, in this process too) and ``retries`` of a call that was lost.
+        specs: each a name, a mapping ``{use, weight, args, name}``, a callable, or a Reward; a single one needs no
+            list. ``use`` is a built-in name, ``module:attr`` or ``file.py:attr``; with ``args`` the attr is a factory
+            that is called with them. More keys say where the reward runs: ``environment`` (a process with its own
+            packages, see :mod:`rewards.remote.isolated`) or ``endpoints`` (a service, see :mod:`rewards.remote.client`,
+            with ``images_per_request``), ``timeout`` (seconds a call may take, in this process too) and ``retries`` of
+            a lost call.
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: naming the entry, what was found and what would do.
+        ValueError, FileNotFoundError, ImportError: naming the entry, what was found and what would be valid.
     """
     if isinstance(specs, (str, Mapping, Reward)) or callable(specs):
         specs = [specs]
@@ -47,31 +48,31 @@ def load_rewards(specs: Spec | Iterable[Spec]) -> list[Reward]:
     for spec in specs or ():
         try:
             rewards.append(_load(spec))
-        except SystemExit as error:  # of a module or a factory, and not the end of the run
+        except SystemExit as error:  # raised by a module or factory, and should not end the run silently
             raise ImportError(f"reward entry {spec!r} ended the program (SystemExit: {error}) when loaded") from error
     if not rewards:
         raise ValueError("no reward was given: pass --rewards NAME, or `rewards:` in the config")
     names = [reward.name for reward in rewards]
     for name in names:
         if name == TOTAL:
-            raise ValueError(f"no reward may be called {TOTAL!r}, which is their weighted sum: give it another `name`")
+            raise ValueError(f"no reward may be called {TOTAL!r}, the name of the weighted sum: set another `name`")
         if names.count(name) > 1:
             raise ValueError(f"two rewards are both called {name!r}: give one of them another `name`")
     return rewards
 
 
 def read_rewards(file: Path) -> list[Any]:
-    """The entries of a YAML config's list ``rewards``; raises ValueError when there is none."""
+    """Read the list ``rewards`` of a YAML config; raise ValueError if there is none."""
     import yaml
 
     try:
         content = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{file} is no YAML: {error}") from None
-    listed = content.get("rewards") if isinstance(content, Mapping) else None
-    if not isinstance(listed, list):
+        raise ValueError(f"{file} is not YAML: {error}") from None
+    entries = content.get("rewards") if isinstance(content, Mapping) else None
+    if not isinstance(entries, list):
         raise ValueError(f"{file} has no list `rewards:`")
-    return listed
+    return entries
 
 
 def _load(spec: Spec) -> Reward:
@@ -81,35 +82,17 @@ def _load(spec: Spec) -> Reward:
         spec = {"use": spec}
     elif callable(spec):
         name = getattr(spec, "__name__", type(spec).__name__)
-        return _reward({TOTAL: f"custom_{TOTAL}", "<lambda>": f"custom_{TOTAL}"}.get(name, name), spec, 1.0)
-    if not isinstance(spec, Mapping):
-        raise ValueError(f"reward entry {spec!r} is {type(spec).__name__}: give a name, or a mapping with `use`")
-    unknown = [key for key in spec if key not in _KEYS]
-    if unknown:
-        found = f"reward entry {dict(spec)} has an unknown key {unknown[0]!r}."
-        raise ValueError(found + nearest(str(unknown[0]), _KEYS))
-    if not isinstance(spec.get("use"), str):
-        raise ValueError(f"reward entry {dict(spec)} needs `use`: a built-in name, module:attr or file.py:attr")
+        return _reward(f"custom_{TOTAL}" if name in (TOTAL, "<lambda>") else name, spec, 1.0)
+    _check_entry(spec)
     use = spec["use"]
-    for key, kind, what in (("args", Mapping, "a mapping"), ("name", str, "text")):
-        if spec.get(key) is not None and not isinstance(spec[key], kind):
-            raise ValueError(f"`{key}` of reward {use!r} must be {what}, found {spec[key]!r}")
-    share = parse_weight(use, spec.get("weight", 1.0))
-    _check_running(spec)
-    module, _, name = use.rpartition(":")  # of a built-in, its name
-    if name == TOTAL:
-        name = f"{Path(module).stem.rpartition('.')[2]}_{TOTAL}"
-    name = spec.get("name") or name
+    weight = parse_weight(use, spec.get("weight", 1.0))
+    _check_run_settings(spec)
+    name = spec.get("name") or _default_name(use)
     if use in BUILTINS and (spec.get("args") or {}).get("backend") == "package":
-        from rewards.learned.packages import package_spec
-
-        made, own = package_spec(use, spec["args"]), spec.get("environment") or {}
-        if not isinstance(own, Mapping):
-            raise ValueError(f"the environment of reward {use!r} must be a mapping, found {own!r}")
-        spec = {**spec, **made, "environment": made["environment"] | dict(own)}
+        spec = _run_by_package(spec)
     if "endpoints" in spec or "environment" in spec:
-        return _elsewhere(name, spec, share)
-    reward = _reward(name, _make(use, spec.get("args")), share)
+        return _load_elsewhere(name, spec, weight)
+    reward = _reward(name, _make(use, spec.get("args")), weight)
     if "timeout" not in spec:
         return reward
     from rewards.remote.timed import Timed
@@ -117,8 +100,40 @@ def _load(spec: Spec) -> Reward:
     return replace(reward, function=Timed(name, reward.function, float(spec["timeout"])))
 
 
+def _check_entry(spec: Any) -> None:
+    """Raise ValueError unless an entry is a mapping with known keys of the right types."""
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"reward entry {spec!r} is {type(spec).__name__}: give a name, or a mapping with `use`")
+    unknown = [key for key in spec if key not in _KEYS]
+    if unknown:
+        problem = f"reward entry {dict(spec)} has an unknown key {unknown[0]!r}."
+        raise ValueError(problem + nearest(str(unknown[0]), _KEYS))
+    if not isinstance(spec.get("use"), str):
+        raise ValueError(f"reward entry {dict(spec)} needs `use`: a built-in name, module:attr or file.py:attr")
+    for key, kind, expected in (("args", Mapping, "a mapping"), ("name", str, "text")):
+        if spec.get(key) is not None and not isinstance(spec[key], kind):
+            raise ValueError(f"`{key}` of reward {spec['use']!r} must be {expected}, found {spec[key]!r}")
+
+
+def _default_name(use: str) -> str:
+    """Return the name of a reward without ``name``: a built-in's, or that of its attr."""
+    module, _, attribute = use.rpartition(":")
+    return f"{Path(module).stem.rpartition('.')[2]}_{TOTAL}" if attribute == TOTAL else attribute
+
+
+def _run_by_package(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry with ``backend: package`` as the entry that runs the package in its own environment."""
+    from rewards.learned.packages import package_spec
+
+    environment = spec.get("environment") or {}
+    if not isinstance(environment, Mapping):
+        raise ValueError(f"the environment of reward {spec['use']!r} must be a mapping, found {environment!r}")
+    by_package = package_spec(spec["use"], spec["args"])
+    return {**spec, **by_package, "environment": by_package["environment"] | dict(environment)}
+
+
 def _make(use: str, args: Mapping[str, Any] | None) -> Any:
-    """The callable that an entry names, made by its factory if it is one."""
+    """Return the callable that an entry names; a factory is called with ``args``."""
     function = resolve(use)
     if use in BUILTINS and BUILTINS[use].factory:
         args = args or {}
@@ -127,34 +142,34 @@ def _make(use: str, args: Mapping[str, Any] | None) -> Any:
     try:
         inspect.signature(function).bind(**args)
     except TypeError as error:
-        found = f"args {args!r} of reward {use!r} do not fit: {error}."
-        raise ValueError(f"{found} It takes {_parameters(function)}") from None
+        problem = f"args {args!r} of reward {use!r} do not fit: {error}."
+        raise ValueError(f"{problem} It takes {inspect.signature(function)}") from None
     try:
         return function(**args)
     except (TypeError, AttributeError, re.error) as error:
         if use not in BUILTINS:
-            raise  # a user's own code: with its traceback
+            raise  # a user's code keeps its traceback
         raise ValueError(
             f"args {dict(args)!r} of reward {use!r} do not fit: {type(error).__name__}: {error}"
         ) from error
 
 
-def _check_running(spec: Mapping[str, Any]) -> None:
-    """Raise ValueError for keys about where and how a reward runs that make no sense, alone or together."""
+def _check_run_settings(spec: Mapping[str, Any]) -> None:
+    """Raise ValueError for keys about where and how a reward runs that are invalid, alone or together."""
     use = spec["use"]
     if "endpoints" in spec:
         for key in ("environment", "args"):
             if spec.get(key) is not None:
                 raise ValueError(
-                    f"reward {use!r} has `endpoints` and `{key}`: what runs at the endpoints is up to the service's "
-                    f"own config, so `{key}` belongs there"
+                    f"reward {use!r} has `endpoints` and `{key}`: the service's own config decides what runs at the "
+                    f"endpoints, so `{key}` belongs there"
                 )
     elif "images_per_request" in spec:
-        raise ValueError(f"reward {use!r} has `images_per_request` without `endpoints`, whose requests it divides")
+        raise ValueError(f"reward {use!r} has `images_per_request` without `endpoints`, to whose requests it applies")
     elif "retries" in spec and "environment" not in spec:
         raise ValueError(
-            f"reward {use!r} has `retries` and runs in this process, where what failed would fail again: they are for "
-            "`environment` and `endpoints`"
+            f"reward {use!r} has `retries` but runs in this process, where a call that failed would fail again: use "
+            "them with `environment` or `endpoints`"
         )
     timeout = spec.get("timeout", 1.0)
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
@@ -162,13 +177,13 @@ def _check_running(spec: Mapping[str, Any]) -> None:
     for key, least in (("retries", 0), ("images_per_request", 1)):
         value = spec.get(key, least)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"the {key} of reward {use!r} must be an integer from {least} on, found {value!r}")
+            raise ValueError(f"the {key} of reward {use!r} must be an integer, at least {least}, found {value!r}")
 
 
-def _elsewhere(name: str, spec: Mapping[str, Any], weight: Weight) -> Reward:
-    """A reward in a process of its own or behind a service; which columns it takes is known there."""
+def _load_elsewhere(name: str, spec: Mapping[str, Any], weight: Weight) -> Reward:
+    """Load a reward in another process or at a service, which tells the columns that it takes."""
     timeout = float(spec.get("timeout", TIMEOUT))
-    function: Any
+    function: RunsElsewhere
     if "endpoints" in spec:
         from rewards.remote.client import Remote
 
@@ -182,19 +197,16 @@ def _elsewhere(name: str, spec: Mapping[str, Any], weight: Weight) -> Reward:
     return Reward(name, function, weight, function.columns, function.required)
 
 
-def _parameters(function: Callable[..., Any]) -> str:
-    return str(inspect.signature(function))
-
-
 def _reward(name: str, function: Callable[..., Any], weight: Weight) -> Reward:
+    """Make a Reward of a callable, with the columns that its signature names."""
     if not callable(function):
         raise ValueError(
             f"reward {name!r} is {type(function).__name__}, not callable: with `args`, the factory must return a function"
         )
     try:
         parameters = inspect.signature(function).parameters
-    except ValueError:  # written in C
-        raise ValueError(f"reward {name!r} must take (images, prompts, ...), and does not say what it takes") from None
+    except ValueError:  # a function written in C
+        raise ValueError(f"reward {name!r} must take (images, prompts, ...), and its parameters are unknown") from None
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = [p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if tuple(p.name for p in named[:2]) != GIVEN:
@@ -210,35 +222,37 @@ def _reward(name: str, function: Callable[..., Any], weight: Weight) -> Reward:
 
 
 def resolve(use: str) -> Callable[..., Any]:
-    """What a built-in name, ``module:attr`` or ``file.py:attr`` names; imports its module."""
+    """Import what a built-in name, ``module:attr`` or ``file.py:attr`` refers to."""
     target = BUILTINS[use].target if use in BUILTINS else use
     module_name, separator, attribute = target.rpartition(":")
     if not separator or not module_name or not attribute:
         raise ValueError(
-            f"unknown reward {use!r}." + nearest(use, BUILTINS) + " Your own: module:attr or file.py:attr."
+            f"unknown reward {use!r}." + nearest(use, BUILTINS) + " For your own: module:attr or file.py:attr."
         )
     module = _import_file(module_name) if module_name.endswith(".py") else _import_module(module_name)
     if not hasattr(module, attribute):
         public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise ValueError(f"{module_name} has no {attribute!r}." + nearest(attribute, public))
-    found = getattr(module, attribute)
-    if not callable(found):
-        raise ValueError(f"reward {use!r} is {type(found).__name__}, not callable")
-    return found
+    function = getattr(module, attribute)
+    if not callable(function):
+        raise ValueError(f"reward {use!r} is {type(function).__name__}, not callable")
+    return function
 
 
 def _import_file(name: str) -> Any:
     path = Path(name).expanduser().resolve()
     if not path.is_file():
-        beside = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"reward file {name} does not exist (looked for {path})." + nearest(path.name, beside))
+        siblings = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise FileNotFoundError(
+            f"reward file {name} does not exist (looked for {path})." + nearest(path.name, siblings)
+        )
     alias = f"reward_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if alias in sys.modules:  # two rewards of one file share what it loads
+    if alias in sys.modules:  # two rewards in one file share the module
         return sys.modules[alias]
     spec = importlib.util.spec_from_file_location(alias, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickling look a class's module up here
+    sys.modules[spec.name] = module  # where dataclasses and pickling look for a class's module
     sys.path.insert(0, str(path.parent))  # so that the file can import its neighbours
     try:
         spec.loader.exec_module(module)
@@ -250,17 +264,17 @@ def _import_file(name: str) -> Any:
     finally:
         sys.path.remove(str(path.parent))
     if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # neighbours imported only when it is called; last, so that they hide nothing
+        # For neighbours that are imported when it is called; last, so that they hide no other module.
+        sys.path.append(str(path.parent))
     return module
 
 
 def _import_module(name: str) -> Any:
     if name.startswith(".") or "/" in name:
-        raise ImportError(f"{name!r} is no module name: a reward in a file is {name}.py:attr")
+        raise ImportError(f"{name!r} is not a module name: for a reward in a file write {name}.py:attr")
     if str(Path.cwd()) not in sys.path:
-        sys.path.insert(
-            0, str(Path.cwd())
-        )  # `accelerate launch align/grpo.py` puts align/ there, not the user's folder
+        # `accelerate launch align/grpo.py` puts align/ on the path, not the user's folder.
+        sys.path.insert(0, str(Path.cwd()))
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

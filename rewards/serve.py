@@ -1,22 +1,22 @@
-"""Rewards as a service: ``python -m rewards.serve --use hpsv2 --use ocr --port 8000``.
+"""Serve rewards over HTTP: ``python -m rewards.serve --use hpsv2 --use ocr --port 8000``.
 
 | | |
 |---|---|
-| ``POST /score/NAME`` | a frame of `rewards.remote.wire`, or JSON ``{"prompts": [...], "images": [base64 PNG, ...], "columns": {}}``; answers ``{"scores": [...]}``, null: not scored |
-| ``GET /rewards`` | names, the columns each takes and needs, the limits, the version |
-| ``GET /health`` | 200 once all is loaded and well, 503 otherwise, and what is wrong |
+| ``POST /score/NAME`` | takes a frame of `rewards.remote.wire`, or JSON ``{"prompts": [...], "images": [base64 PNG, ...], "columns": {}}``; answers ``{"scores": [...]}``, null for not scored |
+| ``GET /rewards`` | names, the columns that each takes and needs, the limits, the version |
+| ``GET /health`` | 200 if everything is loaded and well, else 503 with what is wrong |
 | ``GET /metrics`` | for Prometheus |
 
-An answer's header ``X-Reward-Digest``, also in ``/rewards``, is the same for the same ``use`` and ``args``: the client
-refuses to mix the scores of others. JSON is taken up to 64 MiB, frames up to ``--max_body_mb``; as much may a request's
-images take in memory, RGB ones four bytes a pixel.
+The header ``X-Reward-Digest`` of an answer, also given by ``/rewards``, is the same for the same ``use`` and ``args``:
+the client refuses to mix scores with different digests. JSON may have up to 64 MiB, frames up to ``--max_body_mb``, and
+the images of a request as much in memory, where an RGB image takes four bytes a pixel.
 
-Refused: 400 not a frame and not JSON, 401 wrong token, 404 no such reward, 408 a body that does not come, 413 too many
-bytes, 422 content that cannot be scored; 500 with its message when the reward raised, 503 when too much waits or while
-rewards load. The token is in the environment variable FLOW_ALIGN_TOKEN or in ``--token_file``; clients send it as
-``Authorization: Bearer TOKEN`` (in clear, unless a proxy before the service speaks HTTPS).
+Errors: 400 neither a frame nor JSON, 401 wrong token, 404 no such reward, 408 the body does not arrive, 413 too many
+bytes, 422 content that cannot be scored, 500 the reward raised (with its message), 503 too many requests are waiting or
+the rewards are loading. The token is read from the environment variable FLOW_ALIGN_TOKEN or from ``--token_file``;
+clients send it as ``Authorization: Bearer TOKEN``, unencrypted unless a proxy in front of the service uses HTTPS.
 
-Built on Starlette and uvicorn. LitServe is faster still to set up, but all of its server ends when one worker does.
+Built on Starlette and uvicorn. LitServe is quicker to set up, but its whole server ends when one worker does.
 """
 
 import argparse
@@ -43,12 +43,12 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Serve until SIGTERM or Ctrl-C; requests under way are answered first."""
+    """Serve until SIGTERM or Ctrl-C; requests in progress are answered first."""
     args = _arguments(argv)
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         specs, token = _specs(args), _token(args.token_file)
-        listening = _listen(args.host, args.port)
+        listening = _open_socket(args.host, args.port)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     limits = wire.Limits(int(args.max_body_mb * 2**20), args.max_images, args.max_pixels)
@@ -66,10 +66,10 @@ def main(argv: list[str] | None = None) -> None:
     server = uvicorn.Server(config)
     service.stop = lambda: setattr(server, "should_exit", True)
     if token is None and args.host not in ("127.0.0.1", "localhost", "::1"):
-        logger.warning("anybody who reaches %s can use this service: set FLOW_ALIGN_TOKEN", args.host)
+        logger.warning("anyone who can reach %s can use this service: set FLOW_ALIGN_TOKEN", args.host)
     host, port = listening.getsockname()[:2]
     print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # what uvicorn leaves to be done after its own handling
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn sends the signal again after its own handling
     try:
         server.run(sockets=[listening])
     except KeyboardInterrupt:
@@ -85,39 +85,48 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--use", action="append", default=[], help="a built-in name, module:attr or file.py:attr; may be repeated")
     add("--config", type=Path, help="YAML with a list `rewards:`, as for training (args, environment, timeout)")
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
-    add("--port", type=_between(int, 0, 65535), default=8000, help="0: any free one")
-    add("--workers", action="store_true", help="each reward in a process of its own, restarted when it dies or hangs")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all addresses")
+    add("--port", type=_between(int, 0, 65535), default=8000, help="0: any free port")
+    add(
+        "--workers",
+        action="store_true",
+        help="run each reward in its own process, which is restarted when it dies or hangs",
+    )
     add("--token_file", type=Path, help="file with the token; or set FLOW_ALIGN_TOKEN")
     count, milliseconds = _between(int, 1, 2**40), _between(float, 0, 10**6)
     megabytes = _between(float, 0.001, 2**20)
-    add("--max_body_mb", type=megabytes, default=256, help="of a request, and of its images in memory; JSON at most 64")
-    add("--max_images", type=count, default=1024, help="in one request")
-    add("--max_pixels", type=count, default=2**26, help="of one image")
+    add(
+        "--max_body_mb",
+        type=megabytes,
+        default=256,
+        help="size of a request, and of its images in memory; for JSON at most 64",
+    )
+    add("--max_images", type=count, default=1024, help="images in one request")
+    add("--max_pixels", type=count, default=2**26, help="pixels of one image")
     add("--max_queue", type=count, default=64, help="requests waiting for one reward")
-    joined = "join requests up to so many images; 0: each is its own call"
+    joined = "join waiting requests up to this many images; 0: each request is its own call"
     add("--max_batch_size", type=_between(int, 0, 2**40), default=0, help=joined)
-    add("--max_wait_ms", type=milliseconds, default=5, help="how long a request waits to be joined by others")
-    add("--grace", type=_between(int, 0, 10**6), default=30, help="seconds that requests under way have to end")
+    add("--max_wait_ms", type=milliseconds, default=5, help="how long a request waits for others to join")
+    add("--grace", type=_between(int, 0, 10**6), default=30, help="seconds that requests in progress have to end")
     add("--log_level", default="warning", choices=["debug", "info", "warning", "error"])
     return parser.parse_args(argv)
 
 
 def _between(kind: Callable[[str], float], least: float, most: float) -> Callable[[str], float]:
-    """For an option: a number in that range."""
+    """Return a type for argparse: a number in the range."""
 
     def number(text: str) -> float:
         value = kind(text)
-        if not least <= value <= most:  # NaN neither
+        if not least <= value <= most:  # also refuses NaN
             raise argparse.ArgumentTypeError(f"must be from {least} to {most}, found {text}")
         return value
 
-    number.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    number.__name__ = kind.__name__  # argparse shows it if the text is not a number
     return number
 
 
 def _specs(args: argparse.Namespace) -> list[Any]:
-    """The entries to load; with ``--workers`` each in this Python, in a process of its own."""
+    """Return the entries to load; with ``--workers`` each runs in its own process, with this Python."""
     specs: list[Any] = list(args.use)
     if args.config:
         specs += read_rewards(args.config)
@@ -125,8 +134,11 @@ def _specs(args: argparse.Namespace) -> list[Any]:
         raise ValueError("no reward was given: pass --use NAME, or --config with `rewards:`")
     if args.workers:
         specs = [{"use": spec} if isinstance(spec, str) else spec for spec in specs]
-        own = {"python": sys.executable}
-        specs = [{"environment": own, **s} if isinstance(s, Mapping) and "endpoints" not in s else s for s in specs]
+        this_python = {"python": sys.executable}
+        specs = [
+            {"environment": this_python, **spec} if isinstance(spec, Mapping) and "endpoints" not in spec else spec
+            for spec in specs
+        ]
     return specs
 
 
@@ -138,7 +150,7 @@ def _token(file: Path | None) -> str | None:
     return token
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _open_socket(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""A reward's share in the weighted sum: one number, or one for each category of prompts."""
+"""A reward's weight in the sum of rewards: one number, or one for each category of prompts."""
 
 import contextlib
 import math
@@ -13,10 +13,10 @@ _BY, _DEFAULT = "by", "default"
 
 @dataclass(frozen=True)
 class CategoryWeights:
-    """``{by: category, text: 1.0, default: 0.0}``: a weight for each value of a data column.
+    """A weight for each value of a data column, in a config ``{by: category, text: 1.0, default: 0.0}``.
 
-    column: whose value decides. weights: by value, as text. default: for all other values; None refuses them.
-    False where every weight is 0: such a reward is only measured.
+    column: the data column. weights: weight by value, as text. default: the weight of all other values; None makes them
+    an error. Its truth value is False if every weight is 0: such a reward is only measured.
     """
 
     column: str
@@ -32,7 +32,7 @@ class CategoryWeights:
         return f"by {self.column}: {', '.join(listed)}"
 
     def of(self, value: Any) -> float:
-        """The weight for one value of the column; raises ValueError for a value that has none."""
+        """Return the weight for a value of the column; raise ValueError if it has none."""
         found = self.weights.get(str(value), self.default)
         if found is None:
             raise ValueError(f"{self.column} {value!r} has no weight.{nearest(str(value), self.weights)}")
@@ -51,13 +51,13 @@ Weight = float | CategoryWeights
 
 
 def parse_weight(name: str, weight: Any) -> Weight:
-    """What stands under ``weight`` in a config. Raises ValueError naming the reward and what was found."""
+    """Read the entry ``weight`` of a config; raise ValueError naming the reward and what was found."""
     if not isinstance(weight, Mapping):
         return _number(f"the weight of reward {name!r}", weight)
     if not isinstance(weight.get(_BY), str):
         raise ValueError(
-            f"the weight of reward {name!r} is a mapping, {dict(weight)}, and needs `by`: the data column whose values "
-            "the other keys are"
+            f"the weight of reward {name!r} is the mapping {dict(weight)} without `by`: the name of the data column "
+            "whose values are the other keys"
         )
     weights = {
         str(value): _number(f"the weight of reward {name!r} for {value!r}", number)
@@ -66,12 +66,12 @@ def parse_weight(name: str, weight: Any) -> Weight:
     }
     default = weights.pop(_DEFAULT, None)
     if not weights:
-        raise ValueError(f"the weight of reward {name!r} names no value of {weight[_BY]!r}: a plain number would do")
+        raise ValueError(f"the weight of reward {name!r} has no value of {weight[_BY]!r}: give a plain number instead")
     return CategoryWeights(weight[_BY], weights, default)
 
 
 def shown(weight: Weight) -> str:
-    """For people to read."""
+    """Format a weight for people to read."""
     return str(weight) if isinstance(weight, CategoryWeights) else f"{weight:g}"
 
 

@@ -1,1 +1,1 @@
-"""Rewards in another process or on another machine."""
+"""Rewards that run in another process or on another machine."""

@@ -1,4 +1,4 @@
-"""The Python of a reward's own environment: one that is there, or a virtual environment made once from requirements."""
+"""The Python of a reward's own environment: an existing one, or a virtual environment made once from requirements."""
 
 import collections
 import fcntl
@@ -15,15 +15,16 @@ from typing import Any
 from rewards.hints import nearest
 
 _KEYS = ("python", "requirements", "variables")
-#: Written last: an environment without it was interrupted and is made anew.
+#: A file that is written last: an environment without it was interrupted and is made again.
 _DONE = ".complete"
 
 
 def check_environment(name: str, environment: Any) -> None:
-    """Raise ValueError or FileNotFoundError for an ``environment`` that cannot be meant; nothing is made yet.
+    """Raise ValueError or FileNotFoundError for an invalid ``environment``; nothing is made yet.
 
-    It is a mapping of ``python``: path of an interpreter or of a virtual environment's folder, ``requirements``: a file
-    of them or a list (``python`` is then what the environment is made with), and ``variables`` of its own.
+    It is a mapping with these keys. python: path of an interpreter or of a virtual environment's folder. requirements:
+    a requirements file or a list of requirements; ``python`` then makes the environment. variables: environment
+    variables.
     """
     if not isinstance(environment, Mapping):
         raise ValueError(
@@ -46,19 +47,20 @@ def check_environment(name: str, environment: Any) -> None:
 
 
 def environment_python(name: str, environment: Mapping[str, Any]) -> str:
-    """Path of the interpreter of a checked ``environment``; makes the virtual environment if it is not there.
+    """Return the path of the interpreter of a checked ``environment``, and make the environment if necessary.
 
-    Raises ValueError with the last lines of what pip said when that fails.
+    Raises:
+        ValueError: the environment could not be made; with the last lines of pip's output.
     """
     base = _base_python(name, environment)
     if "requirements" not in environment:
         return base
     text, option = _requirements(name, environment["requirements"])
-    version = _version(name, base)
+    version = _python_version(name, base)
     digest = hashlib.sha256("\0".join([text, option or "", base, version]).encode()).hexdigest()[:16]
     folder = cache_folder() / digest
     python = folder / "bin" / "python"
-    with _lock(folder.with_suffix(".lock")):  # two processes make it once
+    with _lock(folder.with_suffix(".lock")):  # of several processes only one makes it
         if not (folder / _DONE).exists():
             shutil.rmtree(folder, ignore_errors=True)
             _build(name, base, folder, text, option)
@@ -66,20 +68,20 @@ def environment_python(name: str, environment: Mapping[str, Any]) -> str:
     return str(python)
 
 
-def _version(name: str, python: str) -> str:
-    """What an interpreter says it is; ValueError if it is none."""
+def _python_version(name: str, python: str) -> str:
+    """Return what ``python -VV`` prints; raise ValueError if it is not a Python."""
     try:
-        asked = subprocess.run([python, "-VV"], capture_output=True, text=True)
+        result = subprocess.run([python, "-VV"], capture_output=True, text=True)
     except OSError as error:
         raise ValueError(f"reward {name!r}: {python} cannot be run: {error}") from None
-    if asked.returncode or not asked.stdout.startswith("Python"):
-        said = f"`-VV` ended with {asked.returncode}, {asked.stdout + asked.stderr!r}"
-        raise ValueError(f"reward {name!r}: {python} is no Python: {said}")
-    return asked.stdout
+    if result.returncode or not result.stdout.startswith("Python"):
+        answer = f"`-VV` ended with {result.returncode}, {result.stdout + result.stderr!r}"
+        raise ValueError(f"reward {name!r}: {python} is not a Python: {answer}")
+    return result.stdout
 
 
 def cache_folder() -> Path:
-    """Where environments are kept; one that is not wanted any more can be deleted."""
+    """Return the folder of all environments; any of them can be deleted when it is no longer needed."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flow-align" / "environments"
 
 
@@ -90,7 +92,9 @@ def _base_python(name: str, environment: Mapping[str, Any]) -> str:
     path = Path(given).expanduser()
     if path.is_dir():
         path = path / "bin" / "python"
-    found = str(path.absolute()) if path.is_file() else None if path.parent != Path() else shutil.which(str(path))
+    found = str(path.absolute()) if path.is_file() else None
+    if found is None and path.parent == Path():  # a name without a folder is searched on the PATH
+        found = shutil.which(str(path))
     if found is None:
         raise FileNotFoundError(f"reward {name!r}: there is no Python at {path} (environment: python: {given})")
     if not os.access(found, os.X_OK):
@@ -99,17 +103,17 @@ def _base_python(name: str, environment: Mapping[str, Any]) -> str:
 
 
 def _requirements(name: str, given: Any) -> tuple[str, str | None]:
-    """Text of the requirements, and the file they stand in, if they do."""
+    """Return the text of the requirements, and their file, if any."""
     if isinstance(given, Sequence) and not isinstance(given, str) and all(isinstance(line, str) for line in given):
         if given:
             return "\n".join(given) + "\n", None
     elif isinstance(given, (str, os.PathLike)):
         path = Path(given).expanduser()
         if not path.is_file():
-            beside = [p.name for p in path.parent.glob("*.txt")] if path.parent.is_dir() else []
+            siblings = [p.name for p in path.parent.glob("*.txt")] if path.parent.is_dir() else []
             raise FileNotFoundError(
                 f"the requirements file {given} of reward {name!r} does not exist (looked for {path.absolute()})."
-                + nearest(path.name, beside)
+                + nearest(path.name, siblings)
             )
         return path.read_text(), str(path.absolute())
     raise ValueError(f"the `requirements` of reward {name!r} must be a file or a list of lines, found {given!r}")
@@ -119,24 +123,24 @@ def _requirements(name: str, given: Any) -> tuple[str, str | None]:
 def _lock(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file is closed, also by a process that dies
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also if the process dies
         yield
 
 
 def _build(name: str, base: str, folder: Path, text: str, file: str | None) -> None:
-    """Make the virtual environment and install into it, showing how far it is."""
+    """Make the virtual environment and install into it, showing progress."""
     print(f"reward {name}: making its environment in {folder}, once", file=sys.stderr, flush=True)
-    _tell(name, [base, "-m", "venv", str(folder)])
+    _run_command(name, [base, "-m", "venv", str(folder)])
     if file is None:
-        own = folder / "requirements.txt"
-        own.write_text(text)
-        file = str(own)
+        requirements = folder / "requirements.txt"
+        requirements.write_text(text)
+        file = str(requirements)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    _tell(name, [*pip, "install", "--progress-bar", "off", "pillow", "-r", file])  # the worker reads images
+    _run_command(name, [*pip, "install", "--progress-bar", "off", "pillow", "-r", file])  # the worker reads images
 
 
-def _tell(name: str, command: list[str]) -> None:
-    """Run a command, repeat its steps on standard error, and raise with its last lines when it fails."""
+def _run_command(name: str, command: list[str]) -> None:
+    """Run a command and show its steps on standard error; raise ValueError with its last lines if it fails."""
     last: collections.deque[str] = collections.deque(maxlen=15)
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"

@@ -1,4 +1,4 @@
-"""What a service does with the requests for one reward: one after the other, in a thread, with a queue that has an end."""
+"""The bounded queue of a service's requests for one reward, which are scored one after the other in a thread."""
 
 import asyncio
 import collections
@@ -10,17 +10,17 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from rewards.calling import as_json, score_one
-from rewards.contract import Reward
+from rewards.contract import Reward, RunsElsewhere
 from rewards.hints import nearest
 from rewards.remote.threads import in_thread
 from rewards.remote.wire import ContentError, Request
 
-#: A call that takes longer than this many seconds is reported by the health page.
+#: The health page reports a call that takes longer than this many seconds.
 STUCK_SECONDS = 600.0
 
 
 class Busy(Exception):
-    """More requests wait than may; ``seconds``: when to come again."""
+    """Too many requests are waiting; ``seconds``: when to try again."""
 
     def __init__(self, seconds: int) -> None:
         super().__init__(f"too many requests are waiting; try again in {seconds} s")
@@ -28,18 +28,18 @@ class Busy(Exception):
 
 
 class Metrics:
-    """What the metrics page shows, in a registry of its own."""
+    """The Prometheus metrics of a service, in their own registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        at: Any = {"registry": self.registry, "namespace": "flow_align"}
-        self.requests = Counter("reward_requests", "Requests, by the status of the answer.", ["reward", "status"], **at)
-        self.images = Counter("reward_images", "Images that were scored or left unscored.", ["reward"], **at)
-        self.failures = Counter("reward_failures", "Calls in which the reward raised.", ["reward"], **at)
-        self.queue = Gauge("reward_queue", "Requests that wait.", ["reward"], **at)
+        common: Any = {"registry": self.registry, "namespace": "flow_align"}
+        self.requests = Counter("reward_requests", "Requests by status of the answer.", ["reward", "status"], **common)
+        self.images = Counter("reward_images", "Images in successful calls.", ["reward"], **common)
+        self.failures = Counter("reward_failures", "Calls in which the reward raised.", ["reward"], **common)
+        self.queue = Gauge("reward_queue", "Waiting requests.", ["reward"], **common)
         buckets = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
         self.seconds = Histogram(
-            "reward_seconds", "Seconds of a call of the reward.", ["reward"], buckets=buckets, **at
+            "reward_seconds", "Seconds of a call of the reward.", ["reward"], buckets=buckets, **common
         )
 
 
@@ -47,15 +47,15 @@ class Metrics:
 class _Job:
     request: Request
     answer: "asyncio.Future[list[float | None]]"
-    gone: Callable[[], Awaitable[bool]]
+    client_is_gone: Callable[[], Awaitable[bool]]
 
 
 class Lane:
     """The queue of one reward.
 
-    With ``max_batch_size`` 0 each request is one call of the reward, as it was made: a reward may look at all images of
-    a call, and even one that does not gives other last bits in a batch of another size. With more, requests that
-    wait are joined up to so many images, for which the first waits ``max_wait`` seconds; their scores are split again.
+    With ``max_batch_size`` 0 each request is one call of the reward: a reward may compare the images of a call, and one
+    that does not may still give other last bits in a batch of another size. With more, waiting requests are joined up
+    to that many images, for which the first one waits ``max_wait`` seconds.
     """
 
     def __init__(
@@ -64,107 +64,114 @@ class Lane:
         self.reward, self.metrics, self.max_queue = reward, metrics, max_queue
         self.max_batch_size, self.max_wait = max_batch_size, max_wait
         self._jobs: collections.deque[_Job] = collections.deque()
-        self._came = asyncio.Event()
-        self._since: float | None = None
+        self._new_job = asyncio.Event()
+        self._call_started: float | None = None  # time.monotonic(), None between calls
         self._last_seconds = 1.0
 
     def check(self, request: Request) -> None:
-        """Raise ContentError for columns that the reward does not take, or needs and lacks."""
+        """Raise ContentError for a column that the reward does not take, or a missing one that it needs."""
         reward = self.reward
         for column in request.columns if reward.columns is not None else ():
             if column not in (reward.columns or ()):
                 raise ContentError(
-                    f"reward {reward.name!r} takes no column {column!r}." + nearest(column, reward.columns or ())
+                    f"reward {reward.name!r} does not take a column {column!r}." + nearest(column, reward.columns or ())
                 )
         try:
             reward.check_columns(request.columns)
         except ValueError as error:
             raise ContentError(str(error)) from None
 
-    async def submit(self, request: Request, gone: Callable[[], Awaitable[bool]]) -> list[float | None]:
-        """Scores, in their turn. ``gone`` says whether anybody still waits for them. Raises Busy, or what the reward did."""
+    async def submit(self, request: Request, client_is_gone: Callable[[], Awaitable[bool]]) -> list[float | None]:
+        """Queue a request and return its scores.
+
+        Args:
+            client_is_gone: whether nobody waits for the scores any more; then they are not computed.
+
+        Raises:
+            Busy: the queue is full. ConnectionAbortedError: the client is gone. Otherwise what the reward raised.
+        """
         if len(self._jobs) >= self.max_queue:
             raise Busy(max(1, min(60, round(self._last_seconds * len(self._jobs) / 2))))
-        job = _Job(request, asyncio.get_running_loop().create_future(), gone)
+        job = _Job(request, asyncio.get_running_loop().create_future(), client_is_gone)
         self._jobs.append(job)
-        self._came.set()
+        self._new_job.set()
         self.metrics.queue.labels(self.reward.name).set(len(self._jobs))
         return await job.answer
 
     def state(self) -> dict[str, Any]:
-        """For the health page: what is wrong, if anything, and how much there is to do."""
-        problem = getattr(self.reward.function, "problem", lambda: None)()
-        seconds = 0.0 if self._since is None else time.monotonic() - self._since
+        """Return what the health page shows: the problem, if any, the queue's length, the seconds of the current call."""
+        problem = self.reward.function.problem() if isinstance(self.reward.function, RunsElsewhere) else None
+        seconds = 0.0 if self._call_started is None else time.monotonic() - self._call_started
         if problem is None and seconds > STUCK_SECONDS:
             problem = f"busy with one call for {seconds:.0f} s"
         return {"ready": problem is None, "problem": problem, "queue": len(self._jobs), "seconds": round(seconds, 3)}
 
     async def revive(self) -> None:
-        """Start the reward's worker again if it is dead and nobody asks for scores, who would do so."""
-        revive = getattr(self.reward.function, "revive", None)
-        if revive is not None and self._since is None:
-            await in_thread(revive)
+        """Start the reward's worker again if it is dead, unless a call is in progress, which does so itself."""
+        if isinstance(self.reward.function, RunsElsewhere) and self._call_started is None:
+            await in_thread(self.reward.function.revive)
 
     async def run(self) -> None:
-        """Work through the queue for ever."""
+        """Score the queued requests, forever."""
         while True:
             while not self._jobs:
-                self._came.clear()
-                await self._came.wait()
+                self._new_job.clear()
+                await self._new_job.wait()
             jobs = [self._jobs.popleft()]
             if self.max_batch_size:
                 await self._join(jobs)
             self.metrics.queue.labels(self.reward.name).set(len(self._jobs))
-            jobs = [job for job in jobs if not await self._dropped(job)]
+            jobs = [job for job in jobs if not await self._is_abandoned(job)]
             if jobs and (len(jobs) == 1 or not await self._score(jobs, last_try=False)):
-                for job in jobs:  # together they fail, which need not be the fault of all
+                for job in jobs:  # they failed together, perhaps because of one of them
                     await self._score([job], last_try=True)
 
-    async def _dropped(self, job: _Job) -> bool:
-        """Whether nobody waits for it any more: then it is answered with that, and not scored."""
-        gone = job.answer.done() or await job.gone()
-        if gone and not job.answer.done():
-            job.answer.set_exception(ConnectionAbortedError("the client went away"))
-        return gone
+    async def _is_abandoned(self, job: _Job) -> bool:
+        """Whether nobody waits for the scores any more, which also ends the job."""
+        is_abandoned = job.answer.done() or await job.client_is_gone()
+        if is_abandoned and not job.answer.done():
+            job.answer.set_exception(ConnectionAbortedError("the client closed the connection"))
+        return is_abandoned
 
     async def _join(self, jobs: list[_Job]) -> None:
-        """Take more jobs with the same columns, as long as there is room and time."""
+        """Add jobs with the same columns while the batch has room and there is time."""
         room = self.max_batch_size - len(jobs[0].request.prompts)
-        until = time.monotonic() + self.max_wait
+        deadline = time.monotonic() + self.max_wait
         while room > 0:
             while self._jobs:
-                following = self._jobs[0].request
-                if set(following.columns) != set(jobs[0].request.columns) or len(following.prompts) > room:
+                next_request = self._jobs[0].request
+                if set(next_request.columns) != set(jobs[0].request.columns) or len(next_request.prompts) > room:
                     return
                 jobs.append(self._jobs.popleft())
-                room -= len(following.prompts)
-            self._came.clear()
+                room -= len(next_request.prompts)
+            self._new_job.clear()
             try:
-                await asyncio.wait_for(self._came.wait(), until - time.monotonic())
+                await asyncio.wait_for(self._new_job.wait(), deadline - time.monotonic())
             except TimeoutError:
                 return
 
     async def _score(self, jobs: list[_Job], last_try: bool) -> bool:
-        """One call of the reward; whether it succeeded. Only the last try tells what was raised."""
+        """Call the reward once and return whether it succeeded; only the last try passes its error to the jobs."""
         requests = [job.request for job in jobs]
         images = [image for request in requests for image in request.images]
         prompts = [prompt for request in requests for prompt in request.prompts]
         columns = {name: [v for request in requests for v in request.columns[name]] for name in requests[0].columns}
-        self._since, name = time.monotonic(), self.reward.name
+        self._call_started, name = time.monotonic(), self.reward.name
         try:
             scores = as_json(await in_thread(score_one, self.reward, images, prompts, columns))
-        except Exception as error:  # whatever a reward raises is its client's to know, and the lane goes on
+        except Exception as error:  # whatever a reward raises is reported to its clients, and the queue goes on
             self.metrics.failures.labels(name).inc()
             for job in jobs if last_try else ():
                 if not job.answer.done():
                     job.answer.set_exception(error)
             return False
         finally:
-            self._last_seconds, self._since = time.monotonic() - self._since, None
+            self._last_seconds, self._call_started = time.monotonic() - self._call_started, None
             self.metrics.seconds.labels(name).observe(self._last_seconds)
         self.metrics.images.labels(name).inc(len(images))
         for job in jobs:
-            mine, scores = scores[: len(job.request.prompts)], scores[len(job.request.prompts) :]
+            count = len(job.request.prompts)
+            own_scores, scores = scores[:count], scores[count:]
             if not job.answer.done():
-                job.answer.set_result(mine)
+                job.answer.set_result(own_scores)
         return True

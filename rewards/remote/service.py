@@ -1,4 +1,4 @@
-"""The application behind `rewards.serve`: rewards as HTTP pages, and what is refused with which status."""
+"""The HTTP application behind `rewards.serve`: its pages, its checks, and the status of every error."""
 
 import asyncio
 import contextlib
@@ -29,32 +29,32 @@ logger = logging.getLogger(__name__)
 
 #: Seconds without a byte after which a request's body is given up.
 IDLE_SECONDS = 30.0
-#: Seconds between two looks at the workers.
+#: Seconds between two checks of the workers.
 WATCH_SECONDS = 1.0
-#: Bytes of all requests at one time, of their bodies and then of their decoded images, as a multiple of one's limit.
-HELD_AT_ONCE = 8
+#: Memory for the bodies and decoded images of all requests in progress, as a multiple of the limit of one request.
+REQUESTS_IN_MEMORY = 8
 
-#: Statuses of requests whose body may still be on its way: nobody will read it.
-_UNREAD = (401, 404, 408, 413, 503)
+#: Statuses of requests whose body may still be arriving, and will not be read.
+_BODY_UNREAD = (401, 404, 408, 413, 503)
 
 
 class Refused(Exception):
-    """An answer other than scores: status, sentence, and how often to come again if so."""
+    """A request is answered with an error: status, message, kind, and seconds after which to try again, if at all."""
 
     def __init__(self, status: int, message: str, kind: str = "refused", retry_after: int | None = None) -> None:
         super().__init__(message)
         self.status, self.kind = status, kind
         self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
-        if status in _UNREAD:
+        if status in _BODY_UNREAD:
             self.headers["Connection"] = "close"
 
 
 class Service:
-    """The application: lanes of rewards behind HTTP.
+    """An HTTP application with a :class:`rewards.remote.lanes.Lane` for each reward.
 
     Args:
-        specs: as for :func:`rewards.load_rewards`, loaded when the server has started. limits: of a request.
-        token: what clients must send, if anything. lane_options: of :class:`rewards.remote.lanes.Lane`.
+        specs: as for :func:`rewards.load_rewards`; they are loaded after the server has started. limits: of a request.
+        token: what clients must send; None requires none. lane_options: arguments of every lane.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Service:
         self.digests: dict[str, str] = {}
         self.error: str | None = None
         self.metrics = Metrics()
-        self._memory = _Memory(limits.bytes * HELD_AT_ONCE)
+        self._memory = _Memory(limits.bytes * REQUESTS_IN_MEMORY)
         self.stop = lambda: None
         self.app = Starlette(
             routes=[
@@ -78,13 +78,13 @@ class Service:
                 Route("/health", self.health),
                 Route("/metrics", self.show_metrics),
             ],
-            exception_handlers={Refused: self._refusal, Exception: self._fault},
+            exception_handlers={Refused: self._answer_refusal, Exception: self._answer_fault},
             lifespan=self._lifespan,
         )
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        work = asyncio.create_task(self._work())
+        work = asyncio.create_task(self._load_and_run())
         try:
             yield
         finally:
@@ -92,12 +92,12 @@ class Service:
             for lane in self.lanes.values():
                 lane.reward.close()
 
-    async def _work(self) -> None:
-        """Load, then serve: to listen first lets a supervisor see that something is coming."""
+    async def _load_and_run(self) -> None:
+        """Load the rewards and run their lanes. The server listens already, so that a supervisor sees it loading."""
         try:
             rewards: list[Reward] = await in_thread(load_rewards, self.specs)
             self.digests = {reward.name: digest_of(spec) for reward, spec in zip(rewards, self.specs, strict=True)}
-        except Exception as error:  # the service cannot do without: it ends with this sentence
+        except Exception as error:  # the service cannot run without its rewards, and ends with this message
             self.error = describe(error)
             self.stop()
             return
@@ -108,38 +108,38 @@ class Service:
                 for lane in self.lanes.values():
                     tasks.create_task(lane.run())
                 tasks.create_task(self._watch())
-        except* Exception as group:  # nobody would answer any more: a supervisor starts it again
+        except* Exception as group:  # no lane would answer any more; a supervisor can start the service again
             self.error = "; ".join(map(describe, group.exceptions))
             self.stop()
 
     async def _watch(self) -> None:
-        """Workers that died while nobody asked are started again, so that the service becomes well by itself."""
+        """Start workers again that died between calls, so that the service recovers by itself."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             for lane in self.lanes.values():
                 try:
                     await lane.revive()
-                except Exception as error:  # it is tried again, and meanwhile the health page says what is wrong
+                except Exception as error:  # it is tried again; until then the health page shows the problem
                     logger.warning("reward %r: %s", lane.reward.name, describe(error))
 
     # --- Pages ---
 
     async def score(self, request: Request) -> Response:
-        """Scores of one request."""
+        """Answer a request with its scores."""
         name, status = request.path_params["name"], 500
         try:
             self._check_token(request)
             lane = self._lane(name)
-            with self._memory.account() as hold:
-                body = await self._body(request, hold)
-                parsed = await asyncio.to_thread(_parse, body, self.limits, hold)
-                hold(-len(body))
+            with self._memory.account() as reserve:
+                body = await self._read_body(request, reserve)
+                parsed = await asyncio.to_thread(_parse, body, self.limits, reserve)
+                reserve(-len(body))
                 del body
                 lane.check(parsed)
                 scores = await lane.submit(parsed, request.is_disconnected)
             status = 200
             return JSONResponse({"scores": scores}, headers={wire.DIGEST_HEADER: self.digests[name]})
-        except Exception as error:  # every one of them has an answer
+        except Exception as error:  # every error has an answer
             refusal = _as_refusal(error)
             status = refusal.status
             raise refusal from error
@@ -147,7 +147,7 @@ class Service:
             self.metrics.requests.labels(name if name in self.lanes else "unknown", status).inc()
 
     async def rewards(self, request: Request) -> Response:
-        """What is served here."""
+        """Answer with the rewards that are served, the limits and the version."""
         self._check_token(request)
         self._check_loaded()
         served = {
@@ -155,20 +155,22 @@ class Service:
             for name, lane in self.lanes.items()
         }
         limits = {"bytes": self.limits.bytes, "images": self.limits.images, "pixels": self.limits.pixels}
-        return JSONResponse({"rewards": served, "limits": limits, "version": _version()})
+        return JSONResponse({"rewards": served, "limits": limits, "version": _library_version()})
 
     async def health(self, request: Request) -> Response:
-        """Whether all is loaded and well; details only for who has the token."""
-        # In a thread: a worker's last words are waited for.
+        """Answer whether everything is loaded and well, with details for clients that have the token."""
+        # In a thread, because it waits for the last lines of a dead worker.
         states = await in_thread(lambda: {name: lane.state() for name, lane in self.lanes.items()})
-        status = "loading" if not states else "ok" if all(s["ready"] for s in states.values()) else "degraded"
+        status = "loading"
+        if states:
+            status = "ok" if all(state["ready"] for state in states.values()) else "degraded"
         answer: dict[str, Any] = {"status": status}
         if self._has_token(request):
             answer["rewards"] = states
         return JSONResponse(answer, 200 if status == "ok" else 503)
 
     async def show_metrics(self, request: Request) -> Response:
-        """Counters for Prometheus."""
+        """Answer with the metrics for Prometheus."""
         self._check_token(request)
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -192,61 +194,64 @@ class Service:
             raise Refused(404, f"there is no reward {name!r} here." + nearest(name, self.lanes), "unknown")
         return self.lanes[name]
 
-    async def _body(self, request: Request, hold: Callable[[int], None]) -> bytearray:
-        """The request's body, refused as soon as it is known to be too large."""
-        claimed = request.headers.get("content-length", "0")
-        too_large = Refused(413, f"at most {self.limits.bytes} bytes are taken in one request")
-        if claimed.isdigit() and int(claimed) > self.limits.bytes:
+    async def _read_body(self, request: Request, reserve: Callable[[int], None]) -> bytearray:
+        """Read the request's body, and refuse it as soon as it is known to be too large."""
+        length = request.headers.get("content-length", "0")
+        too_large = Refused(413, f"a request may have at most {self.limits.bytes} bytes")
+        if length.isdigit() and int(length) > self.limits.bytes:
             raise too_large
         body = bytearray()
         try:
             async with asyncio.timeout(IDLE_SECONDS) as idle:
                 async for piece in request.stream():
                     idle.reschedule(asyncio.get_running_loop().time() + IDLE_SECONDS)
-                    hold(len(piece))
+                    reserve(len(piece))
                     body += piece
                     if len(body) > self.limits.bytes:
                         raise too_large
         except TimeoutError:
-            raise Refused(408, f"no byte of the body came for {IDLE_SECONDS:g} s") from None
+            raise Refused(408, f"no byte of the body arrived for {IDLE_SECONDS:g} s") from None
         return body
 
-    async def _refusal(self, request: Request, error: Exception) -> Response:
+    async def _answer_refusal(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, Refused)
         return JSONResponse({"error": str(error), "kind": error.kind}, error.status, error.headers)
 
-    async def _fault(self, request: Request, error: Exception) -> Response:
+    async def _answer_fault(self, request: Request, error: Exception) -> Response:
         return JSONResponse({"error": describe(error), "kind": "fault"}, 500)
 
 
 class _Memory:
-    """Bytes that requests hold until they are answered."""
+    """The memory of all requests in progress, with a limit in bytes."""
 
-    def __init__(self, most: int) -> None:
-        self._most, self._held, self._lock = most, 0, threading.Lock()
+    def __init__(self, limit: int) -> None:
+        self._limit, self._reserved, self._lock = limit, 0, threading.Lock()
 
     @contextlib.contextmanager
     def account(self) -> Iterator[Callable[[int], None]]:
-        """A function to say what one request holds more, from any thread: Busy if there is no room. Freed at the end."""
-        mine = 0
+        """Give a function that reserves bytes for one request, from any thread; all are released at the end.
 
-        def hold(count: int) -> None:
-            nonlocal mine
+        The function raises Busy if there is no room.
+        """
+        reserved = 0
+
+        def reserve(count: int) -> None:
+            nonlocal reserved
             with self._lock:
-                if count > 0 and self._held + count > self._most:
+                if count > 0 and self._reserved + count > self._limit:
                     raise Busy(2)
-                self._held, mine = self._held + count, mine + count
+                self._reserved, reserved = self._reserved + count, reserved + count
 
         try:
-            yield hold
+            yield reserve
         finally:
-            hold(-mine)
+            reserve(-reserved)
 
 
 def digest_of(spec: Any) -> str:
-    """What a reward is, of its config's entry, without showing it: scores of two services with the same may be mixed.
+    """Return a digest of a config's entry: scores of services with the same digest may be mixed.
 
-    SHA-256 of ``use`` and ``args`` as JSON; of a ``file.py:attr``, wherever it lies, the file's content.
+    It is the SHA-256 of ``use`` and ``args`` as JSON; for a ``file.py:attr`` of the file's content instead of its path.
     """
     entry = spec if isinstance(spec, Mapping) else {"use": spec}
     use, args = entry["use"], entry.get("args") or None
@@ -257,15 +262,15 @@ def digest_of(spec: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _parse(body: bytearray, limits: wire.Limits, hold: Callable[[int], None]) -> wire.Request:
-    """A frame by its first bytes; anything else is taken for JSON, whatever its content type says."""
+def _parse(body: bytearray, limits: wire.Limits, reserve: Callable[[int], None]) -> wire.Request:
+    """Decode a frame, recognised by its first bytes, or else JSON; the content type does not matter."""
     if body[:4] == wire.MAGIC:
-        return wire.decode_request(*wire.split(body, limits), limits, hold)
-    return wire.decode_json(wire.parse_object(body), limits, hold)
+        return wire.decode_request(*wire.split(body, limits), limits, reserve)
+    return wire.decode_json(wire.parse_object(body), limits, reserve)
 
 
 def _as_refusal(error: Exception) -> Refused:
-    """The status for whatever went wrong with a request."""
+    """Return the answer for any error of a request."""
     if isinstance(error, Refused):
         return error
     if isinstance(error, wire.FrameError):
@@ -274,14 +279,14 @@ def _as_refusal(error: Exception) -> Refused:
     if isinstance(error, Busy):
         return Refused(503, str(error), "busy", retry_after=error.seconds)
     if isinstance(error, (ClientDisconnect, ConnectionAbortedError)):
-        return Refused(400, "the client went away")
+        return Refused(400, "the client closed the connection")
     kind = "contract" if isinstance(error, RewardError) else "unavailable"
     if isinstance(error, (RewardError, RewardUnavailable)):
         return Refused(500, str(error), kind)
     return Refused(500, describe(error), "raised")
 
 
-def _version() -> str | None:
+def _library_version() -> str | None:
     try:
         return importlib.metadata.version("flow-align")
     except importlib.metadata.PackageNotFoundError:  # used from a checkout

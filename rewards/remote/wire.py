@@ -1,12 +1,14 @@
-"""The one format in which images travel to a reward: over a pipe, and as the body of an HTTP request.
+"""The format in which images are sent to a reward, over a pipe or as the body of an HTTP request.
 
-A frame is 4 bytes ``FAR1``, the header's length (4 bytes), the body's length (8 bytes, little endian both), the header
-(JSON, UTF-8) and the body. A request's header is ``{"prompts": [...], "columns": {...}, "images": [...]}`` with one entry
-for each image, whose bytes lie in the body one after the other: ``{"mode": "RGB", "size": [w, h]}`` for raw pixels
-or ``{"png": N}`` for a PNG of N bytes. Both are lossless. What this library sends is raw: on one core a 512x512 image
-takes 0.3 ms to pack and unpack, as a PNG of compression 1 24 to 58 ms for 0.07 to 1 times the bytes.
+A frame consists of the 4 bytes ``FAR1``, the lengths of the header (4 bytes) and the body (8 bytes), both little
+endian, the header (JSON, UTF-8) and the body. A request's header is ``{"prompts": [...], "columns": {...}, "images":
+[...]}`` with one entry for each image: ``{"mode": "RGB", "size": [w, h]}`` for raw pixels or ``{"png": N}`` for a PNG
+of N bytes. The body holds the images' bytes one after the other. Both are lossless. This library sends raw pixels: on
+one core it takes 0.3 ms to pack and unpack a 512x512 image, and 24 to 58 ms as a PNG with compression 1, which has 0.07
+to 1 times the bytes.
 
-Standard library and Pillow only, Python 3.10 or later: this runs in the isolated environments as well.
+This module also runs in the isolated environments: it uses only the standard library and Pillow, with Python 3.10 or
+later.
 """
 
 import base64
@@ -24,38 +26,41 @@ from PIL import Image
 MAGIC = b"FAR1"
 _PREFIX = struct.Struct("<4sIQ")
 PREFIX_BYTES = _PREFIX.size
-#: Bits of a pixel in the modes whose pixels are all there is to an image (a palette is not).
+#: Bits of a pixel, for the modes in which an image is fully described by its pixels (unlike one with a palette).
 _BITS = {"1": 1, "L": 8, "LA": 16, "RGB": 24, "RGBA": 32, "CMYK": 32, "YCbCr": 24, "LAB": 24, "HSV": 24, "I": 32}
 _BITS |= {"F": 32, "I;16": 16}
-#: Of a header, and of a body that is JSON as a whole: as Python objects a hostile one takes many times its bytes.
-_JSON_BYTES = 64 * 2**20
-#: Of an HTTP answer: what the service says of its reward, see `rewards.remote.service`.
+#: Limit for a header, and for a body of JSON. Hostile JSON takes many times its bytes as Python objects.
+_MAX_JSON_BYTES = 64 * 2**20
+#: Header of an HTTP answer with the reward's digest, see `rewards.remote.service.digest_of`.
 DIGEST_HEADER = "X-Reward-Digest"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a frame may hold: bytes of the whole and of its decoded images (see :func:`memory`), images, pixels of an image."""
+    """Limits of a frame.
+
+    bytes: of the frame, and of its decoded images (see :func:`memory`). images: in it. pixels: of an image.
+    """
 
     bytes: int = 256 * 2**20
     images: int = 1024
     pixels: int = 2**26
 
 
-#: Between a run and its own worker nobody is hostile.
+#: Between a run and its own worker no limits are needed.
 UNLIMITED = Limits(bytes=2**48, images=2**31, pixels=2**40)
 
 
 class FrameError(ValueError):
-    """Not a frame: other bytes, a lie about a length, no JSON."""
+    """Not a frame: other bytes, a wrong length, a header that is not JSON."""
 
 
 class TooLarge(FrameError):
-    """More bytes than allowed."""
+    """A frame with more bytes than allowed."""
 
 
 class ContentError(FrameError):
-    """A frame as it should be, with content that cannot be scored: lengths, columns, images."""
+    """A valid frame whose content cannot be scored: its lengths, columns or images are wrong."""
 
 
 @dataclass
@@ -70,56 +75,57 @@ class Request:
 # --- Writing ---
 
 
-def frame(header: Mapping[str, Any], parts: Sequence[bytes] = ()) -> list[bytes]:
-    """A frame, in pieces to be written one after the other."""
+def frame(header: Mapping[str, Any], body: Sequence[bytes] = ()) -> list[bytes]:
+    """Return a frame, in pieces to be written one after the other."""
     text = json.dumps(header).encode()
-    return [_PREFIX.pack(MAGIC, len(text), sum(map(len, parts))) + text, *parts]
+    return [_PREFIX.pack(MAGIC, len(text), sum(map(len, body))) + text, *body]
 
 
 def encode_request(
     images: Sequence[Image.Image], prompts: Sequence[str], columns: Mapping[str, Sequence[Any]], **more: Any
 ) -> list[bytes]:
-    """The frame of a request; ``more`` goes into its header.
+    """Return the frame of a request; ``more`` is added to its header.
 
-    Raises ValueError for what would not arrive as it left: a column's value that JSON has no word for, an image with a
-    palette, something that is no image.
+    Raises:
+        ValueError: something would not arrive unchanged: a column's value that JSON cannot hold, an image with a
+            palette, something that is not an image.
     """
-    check_columns(columns)
-    entries, parts = [], []
+    check_json_values(columns)
+    entries, body = [], []
     for row, image in enumerate(images):
         if not isinstance(image, Image.Image):
             raise ValueError(f"image {row} is {type(image).__name__}, not a PIL image")
         if image.mode not in _BITS:
-            raise ValueError(f"image {row} has mode {image.mode!r}, which is not sent: convert it to RGB or RGBA")
+            raise ValueError(f"image {row} has mode {image.mode!r}, which cannot be sent: convert it to RGB or RGBA")
         if 0 in image.size:
             raise ValueError(f"image {row} is empty: {image.width}x{image.height}")
         entries.append({"mode": image.mode, "size": image.size})
-        parts.append(image.tobytes())
-    listed = {name: list(values) for name, values in columns.items()}
-    return frame({"prompts": list(prompts), "columns": listed, "images": entries, **more}, parts)
+        body.append(image.tobytes())
+    lists = {name: list(values) for name, values in columns.items()}
+    return frame({"prompts": list(prompts), "columns": lists, "images": entries, **more}, body)
 
 
-def check_columns(columns: Mapping[str, Sequence[Any]]) -> None:
-    """Raise ValueError naming column and row of a value that JSON would lose or change."""
+def check_json_values(columns: Mapping[str, Sequence[Any]]) -> None:
+    """Raise ValueError, naming column and row, for a value that JSON would lose or change."""
     for name, values in columns.items():
         for row, value in enumerate(values):
-            found = _not_json(value)
-            if found is not None:
+            problem = _not_json(value)
+            if problem is not None:
                 raise ValueError(
-                    f"column {name!r}, row {row}: {found} cannot be sent to a reward that runs elsewhere "
+                    f"column {name!r}, row {row}: {problem} cannot be sent to a reward that runs elsewhere "
                     "(only None, bool, int, float, str, and lists and str-keyed dicts of these)"
                 )
 
 
 def _not_json(value: Any) -> str | None:
-    """What in a value JSON would lose or change, if anything."""
+    """Return what in a value JSON would lose or change, or None."""
     if value is None or type(value) in (bool, int, float, str):
         return None
     if type(value) is list:
-        return next((found for found in map(_not_json, value) if found is not None), None)
+        return next((problem for problem in map(_not_json, value) if problem is not None), None)
     if type(value) is dict:
-        odd = next((key for key in value if type(key) is not str), None)
-        return f"the key {odd!r}" if odd is not None else _not_json(list(value.values()))
+        other_key = next((key for key in value if type(key) is not str), None)
+        return f"the key {other_key!r}" if other_key is not None else _not_json(list(value.values()))
     return type(value).__name__
 
 
@@ -127,17 +133,17 @@ def _not_json(value: Any) -> str | None:
 
 
 def lengths(prefix: bytes | bytearray, limits: Limits) -> tuple[int, int]:
-    """Bytes of the header and of the body, from the first PREFIX_BYTES of a frame."""
+    """Read the lengths of the header and of the body from the first PREFIX_BYTES of a frame."""
     if len(prefix) < PREFIX_BYTES or prefix[:4] != MAGIC:
         raise FrameError(f"not a frame: it starts with {bytes(prefix[:4])!r}, not {MAGIC!r} and two lengths")
     _, header, body = _PREFIX.unpack(prefix[:PREFIX_BYTES])
-    if header > _JSON_BYTES or header + body > limits.bytes:
-        raise TooLarge(f"the frame claims {header + body} bytes; at most {limits.bytes} are taken")
+    if header > _MAX_JSON_BYTES or header + body > limits.bytes:
+        raise TooLarge(f"the frame claims {header + body} bytes; at most {limits.bytes} are allowed")
     return header, body
 
 
 def read_frame(fill: Callable[[memoryview], None], limits: Limits = UNLIMITED) -> tuple[dict[str, Any], bytearray]:
-    """Header and body; ``fill`` writes the next bytes of the stream into a buffer, as many as it has room for."""
+    """Read a frame from a stream and return its header and body; ``fill`` fills a buffer with the next bytes."""
 
     def read(count: int) -> bytearray:
         data = bytearray(count)
@@ -150,7 +156,7 @@ def read_frame(fill: Callable[[memoryview], None], limits: Limits = UNLIMITED) -
 
 
 def split(data: bytes | bytearray, limits: Limits) -> tuple[dict[str, Any], memoryview]:
-    """Header and body of a frame that is there as a whole."""
+    """Split a complete frame into header and body."""
     header, body = lengths(data, limits)
     if len(data) != PREFIX_BYTES + header + body:
         raise FrameError(f"the frame claims {PREFIX_BYTES + header + body} bytes and has {len(data)}")
@@ -159,9 +165,11 @@ def split(data: bytes | bytearray, limits: Limits) -> tuple[dict[str, Any], memo
 
 
 def parse_object(text: bytes | bytearray) -> dict[str, Any]:
-    """A JSON object from its text; TooLarge beyond 64 MiB."""
-    if len(text) > _JSON_BYTES:
-        raise TooLarge(f"JSON of {len(text)} bytes; at most {_JSON_BYTES} are taken: larger images travel in a frame")
+    """Parse a JSON object; raise TooLarge beyond 64 MiB and FrameError for anything else."""
+    if len(text) > _MAX_JSON_BYTES:
+        raise TooLarge(
+            f"JSON of {len(text)} bytes; at most {_MAX_JSON_BYTES} are allowed: send larger images in a frame"
+        )
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -172,88 +180,95 @@ def parse_object(text: bytes | bytearray) -> dict[str, Any]:
 
 
 def memory(mode: str, size: tuple[int, int]) -> int:
-    """Bytes that Pillow holds an image in: four a pixel in most modes, RGB too."""
+    """Return the bytes that an image takes in Pillow: four a pixel in most modes, including RGB."""
     return size[0] * size[1] * {"1": 1, "L": 1, "P": 1, "I;16": 2}.get(mode, 4)
 
 
-class _Room:
-    """What the images of a request may still take; ``hold`` hears of each one's bytes before it is decoded."""
+class _Budget:
+    """The memory that the images of a request may take; ``reserve`` is told the bytes of each before it is decoded."""
 
-    def __init__(self, limits: Limits, hold: Callable[[int], None] | None) -> None:
-        self.limits, self.left, self.hold = limits, limits.bytes, hold
+    def __init__(self, limits: Limits, reserve: Callable[[int], None] | None) -> None:
+        self.limits, self.bytes_left, self.reserve = limits, limits.bytes, reserve
 
-    def take(self, where: str, mode: str, size: tuple[int, int]) -> None:
+    def spend(self, where: str, mode: str, size: tuple[int, int]) -> None:
+        """Count an image; raise ContentError if it is too large."""
         if size[0] * size[1] > self.limits.pixels:
             raise ContentError(f"{where}: {size[0]}x{size[1]} is more than {self.limits.pixels} pixels")
         count = memory(mode, size)
-        self.left -= count
-        if self.left < 0:
+        self.bytes_left -= count
+        if self.bytes_left < 0:
             raise ContentError(f"{where}: the images of this request unpack to more than {self.limits.bytes} bytes")
-        if self.hold is not None:
-            self.hold(count)
+        if self.reserve is not None:
+            self.reserve(count)
 
 
 def decode_request(
     header: Mapping[str, Any],
     body: bytes | bytearray | memoryview,
     limits: Limits,
-    hold: Callable[[int], None] | None = None,
+    reserve: Callable[[int], None] | None = None,
 ) -> Request:
-    """The request of a frame; raises FrameError, TooLarge or ContentError, or what ``hold`` does.
+    """Return the request in a frame.
 
-    ``hold`` is told the bytes of each image in memory, before it is decoded.
+    Args:
+        reserve: called with the bytes that each image takes in memory, before it is decoded.
+
+    Raises:
+        FrameError, TooLarge, ContentError, or what ``reserve`` raises.
     """
     entries = header.get("images")
-    prompts, columns = _texts(header, entries, limits)
-    view, at, images, room = memoryview(body), 0, [], _Room(limits, hold)
+    prompts, columns = _decode_columns(header, entries, limits)
+    view, position, images, budget = memoryview(body), 0, [], _Budget(limits, reserve)
     for row, entry in enumerate(entries or ()):
         where = f"image {row}"
-        if isinstance(entry, Mapping) and _count(entry.get("png")):
-            data, at = view[at : at + entry["png"]], at + entry["png"]
-            _fits(at <= len(view), where, "its PNG goes beyond the body")
-            images.append(_png(data, where, room))
+        if isinstance(entry, Mapping) and _is_positive_int(entry.get("png")):
+            end = position + entry["png"]
+            _check_frame(end <= len(view), where, "its PNG extends beyond the body")
+            images.append(_decode_png(view[position:end], where, budget))
         else:
             mode, size = _raw_entry(entry, where)
-            room.take(where, mode, size)
-            data, at = view[at : at + (count := _pixel_bytes(mode, size))], at + count
-            _fits(at <= len(view), where, f"{size[0]}x{size[1]} {mode} pixels go beyond the body")
-            images.append(Image.frombytes(mode, size, data))
-    _fits(at == len(view), "images", f"they take {at} bytes of a body of {len(view)}")
+            budget.spend(where, mode, size)
+            end = position + _pixel_bytes(mode, size)
+            _check_frame(end <= len(view), where, f"{size[0]}x{size[1]} {mode} pixels extend beyond the body")
+            images.append(Image.frombytes(mode, size, view[position:end]))
+        position = end
+    _check_frame(position == len(view), "images", f"they take {position} bytes of a body of {len(view)}")
     return Request(images, prompts, columns)
 
 
-def decode_json(data: Mapping[str, Any], limits: Limits, hold: Callable[[int], None] | None = None) -> Request:
-    """As :func:`decode_request`, of plain JSON: ``prompts``, ``columns`` if any, and ``images``, each a PNG in base64."""
+def decode_json(data: Mapping[str, Any], limits: Limits, reserve: Callable[[int], None] | None = None) -> Request:
+    """Return the request in plain JSON: ``prompts``, optional ``columns``, and ``images``, each a PNG in base64.
+
+    Arguments and errors are those of :func:`decode_request`.
+    """
     entries = data.get("images")
-    prompts, columns = _texts(data, entries, limits)
-    images, room = [], _Room(limits, hold)
+    prompts, columns = _decode_columns(data, entries, limits)
+    images, budget = [], _Budget(limits, reserve)
     for row, text in enumerate(entries or ()):
         try:
             png = base64.b64decode(text.encode() if isinstance(text, str) else b"?", validate=True)
         except (binascii.Error, UnicodeEncodeError):
             raise ContentError(f"image {row} is not base64 text") from None
-        images.append(_png(memoryview(png), f"image {row}", room))
+        images.append(_decode_png(memoryview(png), f"image {row}", budget))
     return Request(images, prompts, columns)
 
 
-def _texts(header: Mapping[str, Any], entries: Any, limits: Limits) -> tuple[list[str], dict[str, list[Any]]]:
-    """Prompts and columns, once they are as many as the images."""
+def _decode_columns(header: Mapping[str, Any], entries: Any, limits: Limits) -> tuple[list[str], dict[str, list[Any]]]:
+    """Return prompts and columns; raise ContentError unless there are as many values as images."""
     unknown = [key for key in header if key not in ("prompts", "columns", "images")]
     if unknown:
         raise ContentError(f"unknown key {unknown[0]!r}: a request has prompts, images and columns")
     if not isinstance(entries, list):
         raise ContentError(f"`images` must be a list, found {type(entries).__name__}")
     if len(entries) > limits.images:
-        raise ContentError(f"{len(entries)} images; at most {limits.images} are taken in one request")
+        raise ContentError(f"{len(entries)} images; at most {limits.images} are allowed in one request")
     prompts, columns = header.get("prompts"), header.get("columns", {})
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ContentError("`prompts` must be a list of texts")
     if not isinstance(columns, dict):
         raise ContentError(f"`columns` must be an object of lists, found {type(columns).__name__}")
-    for name, values in {
-        "prompts": prompts,
-        **{f"column {name!r}": values for name, values in columns.items()},
-    }.items():
+    all_columns = {"prompts": prompts, **{f"column {name!r}": values for name, values in columns.items()}}
+    for name, values in all_columns.items():
         if not isinstance(values, list) or len(values) != len(entries):
             found = len(values) if isinstance(values, list) else type(values).__name__
             raise ContentError(f"{name}: {found} for {len(entries)} images")
@@ -262,19 +277,19 @@ def _texts(header: Mapping[str, Any], entries: Any, limits: Limits) -> tuple[lis
 
 def _raw_entry(entry: Any, where: str) -> tuple[str, tuple[int, int]]:
     mode, size = (entry.get("mode"), entry.get("size")) if isinstance(entry, Mapping) else (None, None)
-    sized = isinstance(size, list) and len(size) == 2 and all(map(_count, size))
-    if not isinstance(mode, str) or mode not in _BITS or size is None or not sized:
-        raise ContentError(f"{where}: {str(entry)[:100]} is neither a mode and a size from 1x1 on, nor a PNG")
+    is_size = isinstance(size, list) and len(size) == 2 and all(map(_is_positive_int, size))
+    if not isinstance(mode, str) or mode not in _BITS or size is None or not is_size:
+        raise ContentError(f"{where}: {str(entry)[:100]} is neither a PNG nor a known mode with a size of at least 1x1")
     return mode, (size[0], size[1])
 
 
-def _png(data: memoryview, where: str, room: _Room) -> Image.Image:
-    """An image from its PNG, whose header is believed only if what it claims is allowed."""
+def _decode_png(data: memoryview, where: str, budget: _Budget) -> Image.Image:
+    """Decode a PNG, after checking the size that its header gives."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
             image = Image.open(io.BytesIO(data), formats=["PNG"])
-        room.take(where, image.mode, image.size)
+        budget.spend(where, image.mode, image.size)
         image.load()
     except FrameError:
         raise
@@ -282,21 +297,21 @@ def _png(data: memoryview, where: str, room: _Room) -> Image.Image:
         raise ContentError(f"{where}: {error}") from None
     except (OSError, SyntaxError, ValueError, struct.error) as error:
         raise ContentError(f"{where} is not a readable PNG: {error}") from None
-    # A plain image, as raw pixels give: no file, no text chunks.
+    # A copy has neither a file nor text chunks, like an image from raw pixels.
     return image.copy()
 
 
-def _fits(condition: bool, where: str, message: str) -> None:
+def _check_frame(condition: bool, where: str, message: str) -> None:
     if not condition:
         raise FrameError(f"{where}: {message}")
 
 
-def _count(value: Any) -> bool:
+def _is_positive_int(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
 def _pixel_bytes(mode: str, size: tuple[int, int]) -> int:
-    """Of raw pixels: rows, each of whole bytes."""
+    """Return the bytes of raw pixels, in which every row takes whole bytes."""
     return (size[0] * _BITS[mode] + 7) // 8 * size[1]
 
 
@@ -304,8 +319,12 @@ def _pixel_bytes(mode: str, size: tuple[int, int]) -> int:
 
 
 def checked_token(text: str | None, source: str) -> str | None:
-    """A service's token without the space around it; ValueError, which does not show it, where no header could hold it."""
+    """Return a service's token without white space around it, or None.
+
+    Raises:
+        ValueError: a header cannot hold it. The message does not show the token.
+    """
     token = (text or "").strip()
-    if not (token.isascii() and token.isprintable()):  # the HTTP library would show the whole header in its error
-        raise ValueError(f"the token in {source} holds characters other than printable ASCII ones")
+    if not (token.isascii() and token.isprintable()):  # otherwise the HTTP library's error would show the whole header
+        raise ValueError(f"the token in {source} contains characters other than printable ASCII ones")
     return token or None

@@ -1,8 +1,8 @@
-"""A reward in a process of its own: requests come on standard input, scores leave on standard output.
+"""The process of an isolated reward: it reads requests from standard input and writes scores to standard output.
 
-Started by `rewards.remote.isolated`, with the Python of the reward's own environment, in which this package is not installed.
-Its only needs are Python 3.10 and Pillow. Prints of the reward go to standard error. It ends when its input does, and
-when whoever started it is gone; processes that the reward started end with it.
+`rewards.remote.isolated` starts it with the Python of the reward's own environment, in which this package is not
+installed; it needs only Python 3.10 and Pillow. What the reward prints goes to standard error. The process ends, with
+all processes that the reward started, when its input ends or the process that started it is gone.
 """
 
 import json
@@ -21,16 +21,16 @@ from rewards.remote import wire
 
 
 def main(spec: str) -> None:
-    """Load the reward of ``spec`` (JSON of a config's entry), say hello, answer until the input ends."""
+    """Load the reward of ``spec`` (a config's entry as JSON), send its columns, and answer until the input ends."""
     incoming, outgoing = os.dup(0), os.dup(1)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the reward prints or reads is not the protocol's
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the reward prints or reads must not disturb the protocol
     os.dup2(2, 1)
     owner = os.getpid()
     requests: queue.SimpleQueue[tuple[dict[str, Any], bytearray]] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(incoming, os.getppid(), requests), daemon=True).start()
+    threading.Thread(target=_read_requests, args=(incoming, os.getppid(), requests), daemon=True).start()
     try:
         (reward,) = load_rewards([json.loads(spec)])
-    except Exception as error:  # whatever it is, the run that asked for this reward says it
+    except Exception as error:  # raised by the run that asked for this reward
         _send(outgoing, owner, {"error": str(error), "type": type(error).__name__})
         sys.exit(1)
     _send(outgoing, owner, {"columns": reward.columns, "required": reward.required, "python": sys.version.split()[0]})
@@ -46,38 +46,38 @@ def _answer(reward: Any, header: dict[str, Any], body: bytearray) -> dict[str, A
         return {"scores": as_json(score_one(reward, request.images, request.prompts, request.columns))}
     except RewardError as error:
         return {"error": str(error), "kind": "contract"}
-    except Exception as error:  # nothing of one request may end the worker
+    except Exception as error:  # no request may end the worker
         return {"error": describe(error), "kind": "raised"}
 
 
 def _send(descriptor: int, owner: int, header: dict[str, Any]) -> None:
-    if os.getpid() != owner:  # the reward forked, and its child came back too: one answer is enough
+    if os.getpid() != owner:  # a fork made by the reward, which must not answer as well
         os._exit(0)
     data = b"".join(wire.frame(header))
     while data:
         data = data[os.write(descriptor, data) :]
 
 
-def _listen(descriptor: int, parent: int, requests: Any) -> None:
-    """Read requests while one is being scored, so that the end of the input is noticed in its middle too."""
+def _read_requests(descriptor: int, parent: int, requests: Any) -> None:
+    """Read requests in a thread, so that the end of the input is noticed even while a request is being scored."""
 
-    def fill(room: memoryview) -> None:
-        while room:
-            # The pipe alone does not tell: a child of the parent may hold its other end open.
+    def fill(buffer: memoryview) -> None:
+        while buffer:
+            # The end of the input is not enough: a child of the parent may keep the pipe open.
             while not select.select([descriptor], [], [], 1.0)[0]:
                 if os.getppid() != parent:
                     _leave()
-            count = os.readv(descriptor, [room])
+            count = os.readv(descriptor, [buffer])
             if not count:
-                _leave()  # nobody waits for what is being scored
-            room = room[count:]
+                _leave()  # nobody waits for the scores any more
+            buffer = buffer[count:]
 
     while True:
         requests.put(wire.read_frame(fill))
 
 
 def _leave() -> None:
-    """End at once, with what the reward started: nobody else will end it."""
+    """End at once, together with the processes that the reward started, which nobody else would end."""
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(0)

@@ -58,7 +58,7 @@ def test_a_built_in_whose_package_is_missing_cannot_run_here(monkeypatch, capsys
     monkeypatch.setattr(cli, "BUILTINS", {"needy": needy})
     cli.main(["list"])
     shown = capsys.readouterr().out
-    assert "can run here: no: without no_such_package" in shown and 'pip install "flow-align[ocr]"' in shown
+    assert "can run here: no: no_such_package not installed" in shown and 'pip install "flow-align[ocr]"' in shown
 
 
 def test_scores_are_those_of_the_library(pictures):
@@ -102,7 +102,7 @@ def test_a_config_may_name_a_service(pictures):
     [
         (("--use", "shapes_exat", "--images", "p0.png"), "Did you mean 'shapes_exact'?"),
         (("--use", "shapes_exact", "--images", "p0.png"), "needs the data column 'spec'"),
-        (("--use", "grounded", "--images", "q*.png"), "there is no image q*.png"),
+        (("--use", "grounded", "--images", "q*.png"), "no image matches q*.png"),
         (("--use", "grounded", "--images", "alone.png"), "alone.png has no prompt: pass --prompt"),
         (("--use", "grounded", "--images", "broken.png", "--prompt", "x"), "broken.png is not a readable image"),
         (

@@ -285,7 +285,7 @@ def test_a_missing_column_with_nothing_near_lists_those_there_are():
 
 @pytest.mark.parametrize("column", ["images", "prompts"])
 def test_a_column_named_as_an_argument_is_refused_where_every_column_is_taken(column):
-    with pytest.raises(ValueError, match=f"takes every data column, and '{column}' is an argument of its own"):
+    with pytest.raises(ValueError, match=f"takes every data column, and a column '{column}' clashes"):
         load_rewards([every_column])[0].check_columns(["prompt", column])
     load_rewards([required_column])[0].check_columns(["prompt", "target", column])
 
@@ -317,8 +317,8 @@ def test_a_column_named_as_an_argument_is_refused_where_every_column_is_taken(co
         ("nowhere/my_reward.py:score", FileNotFoundError, ["nowhere/my_reward.py does not exist", "looked for"]),
         ("no_such_module:score", ImportError, ["'no_such_module' was not found"]),
         ("rewards.shape:shapes_exact", ImportError, ["'rewards.shape' was not found"]),
-        ("./my_reward:score", ImportError, ["no module name", "./my_reward.py:attr"]),
-        ("folder/my_reward:score", ImportError, ["no module name", "folder/my_reward.py:attr"]),
+        ("./my_reward:score", ImportError, ["not a module name", "./my_reward.py:attr"]),
+        ("folder/my_reward:score", ImportError, ["not a module name", "folder/my_reward.py:attr"]),
         ("broken.py:score", ImportError, ["broken.py could not be imported", "no_such_package"]),
         ("broken:score", ImportError, ["'broken' could not be imported", "no_such_package"]),
         ("half:score", ImportError, ["'half' could not be imported", "cannot import name 'no_such_name'"]),

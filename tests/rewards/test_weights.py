@@ -32,10 +32,10 @@ def test_numbers_and_booleans_are_categories_by_their_text():
 @pytest.mark.parametrize(
     ("weight", "said"),
     [
-        ({"text": 1.0}, "needs `by`: the data column"),
-        ({"by": 3, "text": 1.0}, "needs `by`"),
-        ({"by": "category"}, "names no value of 'category'"),
-        ({"by": "category", "default": 1}, "names no value of 'category'"),
+        ({"text": 1.0}, "without `by`: the name of the data column"),
+        ({"by": 3, "text": 1.0}, "without `by`"),
+        ({"by": "category"}, "has no value of 'category'"),
+        ({"by": "category", "default": 1}, "has no value of 'category'"),
         (
             {"by": "category", "text": "much"},
             "weight of reward 'grounded' for 'text' must be a finite number, found 'much'",
@@ -52,7 +52,7 @@ def test_what_is_no_weight_is_answered_with_a_sentence(weight, said):
 def test_a_column_or_a_value_that_is_missing_is_named():
     reward = load(BY)
     with pytest.raises(
-        ValueError, match=r"weight of reward 'grounded' goes by the data column 'category'.*'categories'"
+        ValueError, match=r"weight of reward 'grounded' depends on the data column 'category'.*'categories'"
     ):
         reward.check_columns(["prompt", "categories"])
     reward.check_columns(["prompt", "category"])

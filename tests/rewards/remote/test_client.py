@@ -198,7 +198,7 @@ def test_a_wrong_name_a_silent_endpoint_and_another_server_are_told_at_the_start
         remote(service.url, "tolt")
     with pytest.raises(ValueError, match=r"no endpoint of reward 'told' answers: http://127\.0\.0\.1:9: ConnectError"):
         remote("http://127.0.0.1:9")
-    with pytest.raises(ValueError, match="is no reward service: 404 at /rewards"):
+    with pytest.raises(ValueError, match="is not a reward service: 404 at /rewards"):
         remote(f"{service.url}/elsewhere")
 
 
@@ -270,7 +270,7 @@ def test_a_hanging_service_does_not_keep_the_program(service):
 @pytest.mark.parametrize("token", ["geheïm-1234", "kept\nsecret-1234"])
 def test_a_token_that_no_header_can_hold_is_refused_and_not_shown(service, monkeypatch, token):
     monkeypatch.setenv("FLOW_ALIGN_TOKEN", token)
-    with pytest.raises(ValueError, match="FLOW_ALIGN_TOKEN holds characters other than printable ASCII") as caught:
+    with pytest.raises(ValueError, match="FLOW_ALIGN_TOKEN contains characters other than printable ASCII") as caught:
         remote(service.url)
     assert "1234" not in str(caught.value)
 
@@ -278,7 +278,7 @@ def test_a_token_that_no_header_can_hold_is_refused_and_not_shown(service, monke
 def test_a_request_that_http_cannot_carry_is_not_tried_again_and_not_shown(service):
     there = remote(service.url, retries=50)
     there.function._http.headers["Authorization"] = "Bearer kept-secret\n"
-    assert scores(there)[1] == {"told": f"{service.url}: this is no request that HTTP can carry"}
+    assert scores(there)[1] == {"told": f"{service.url}: HTTP cannot carry this request"}
 
 
 def test_the_token_comes_from_the_environment_and_is_not_shown(monkeypatch, caplog):
@@ -286,7 +286,7 @@ def test_the_token_comes_from_the_environment_and_is_not_shown(monkeypatch, capl
     for token in (None, "wrong"):
         if token:
             monkeypatch.setenv("FLOW_ALIGN_TOKEN", token)
-        with pytest.raises(ValueError, match="wants a token: set the environment variable FLOW_ALIGN_TOKEN"):
+        with pytest.raises(ValueError, match="requires a token: set the environment variable FLOW_ALIGN_TOKEN"):
             remote(service.url)
     monkeypatch.setenv("FLOW_ALIGN_TOKEN", " kept-secret\n")  # as `$(cat file)` does not give it, and `export` may
     caplog.set_level("DEBUG")
@@ -306,18 +306,18 @@ def test_a_request_larger_than_the_service_takes_says_what_to_do():
     [
         ({"endpoints": []}, "must be a URL or a list of URLs"),
         ({"endpoints": 8000}, "must be a URL or a list of URLs"),
-        ({"endpoints": "localhost:8000"}, "is no URL such as"),
-        ({"endpoints": "ftp://host"}, "is no URL such as"),
+        ({"endpoints": "localhost:8000"}, "is not a URL such as"),
+        ({"endpoints": "ftp://host"}, "is not a URL such as"),
         ({"endpoints": ["http://a", "http://a"]}, "twice"),
-        ({"endpoints": "http://me:secret@host"}, r"\(host\) has a user or password"),
+        ({"endpoints": "http://me:secret@host"}, r"\(host\) contains a user or password"),
         ({"endpoints": "http://a", "args": {"a": 1}}, "`endpoints` and `args`"),
         ({"endpoints": "http://a", "environment": {"python": "x"}}, "`endpoints` and `environment`"),
         ({"images_per_request": 2}, "`images_per_request` without `endpoints`"),
-        ({"retries": 2}, "`retries` and runs in this process"),
+        ({"retries": 2}, "`retries` but runs in this process"),
         ({"timeout": 0}, "positive number of seconds, found 0"),
         ({"timeout": True}, "positive number of seconds, found True"),
-        ({"endpoints": "http://a", "retries": -1}, "an integer from 0 on, found -1"),
-        ({"endpoints": "http://a", "images_per_request": 0}, "an integer from 1 on, found 0"),
+        ({"endpoints": "http://a", "retries": -1}, "an integer, at least 0, found -1"),
+        ({"endpoints": "http://a", "images_per_request": 0}, "an integer, at least 1, found 0"),
     ],
 )
 def test_keys_that_make_no_sense_are_refused_before_anything_is_asked(entry, message):

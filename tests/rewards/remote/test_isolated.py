@@ -15,7 +15,7 @@ from PIL import Image
 
 from rewards import RewardError, RewardUnavailable, load_rewards, score
 from rewards.remote import wire
-from rewards.remote.isolated import _Lost
+from rewards.remote.process import WorkerLost
 
 ROOT = Path(__file__).parents[3]
 ODD = str(ROOT / "tests/helpers/odd_rewards.py")
@@ -179,7 +179,7 @@ def test_a_worker_killed_between_calls_is_noticed_and_revived(told, monkeypatch)
     process_of(told).wait()
     assert "killed by signal 9" in told.function.problem()
     monkeypatch.setattr("rewards.remote.isolated.BACKOFF_SECONDS", (0.01, 0.02))
-    told.function._lost_in_a_row = 5000  # of a night of failures
+    told.function._failures_in_a_row = 5000  # of a night of failures
     told.function.revive()
     assert told.function.problem() is None and scores(told) == expected
 
@@ -195,7 +195,7 @@ def test_a_reward_that_forks_gets_one_answer_for_each_call(told):
 
 def test_the_answer_to_another_request_is_not_taken(told):
     request = wire.encode_request(IMAGES, ["p"] * 4, {}, number=5)
-    with pytest.raises(_Lost, match="the answer to another request"):
+    with pytest.raises(WorkerLost, match="the answer to another request"):
         told.function._worker.ask(request, 6, 20)
 
 
@@ -346,7 +346,7 @@ def test_a_program_that_is_no_python_is_a_sentence(tmp_path, monkeypatch, text, 
     python = tmp_path / "python"
     python.write_text(text)
     python.chmod(0o755)
-    with pytest.raises(ValueError, match=r"cannot be run|is no Python|did not start"):
+    with pytest.raises(ValueError, match=r"cannot be run|is not a Python|did not start"):
         load_rewards([{"use": f"{ODD}:told", "environment": {"python": str(python), **more}}])
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 from services import IN_CLEAR, ODD, ROOT, Service
 
 from rewards import load_rewards, score
+from rewards.contract import RunsElsewhere
 from rewards.remote import wire
 from rewards.remote.lanes import Lane
 from rewards.remote.service import Refused, digest_of
@@ -167,7 +168,7 @@ def bomb() -> str:
         (
             {"prompts": ["p"], "images": [png()], "columns": {"fctor": [1]}},
             422,
-            "no column 'fctor'. Did you mean 'factor'",
+            "not take a column 'fctor'. Did you mean 'factor'",
         ),
         ({"prompts": ["p"] * 9, "images": [png()] * 9}, 422, "9 images; at most 8"),
         ({"prompts": ["p"], "images": ["???"]}, 422, "not base64"),
@@ -189,7 +190,7 @@ def test_what_is_wrong_is_answered_with_its_status_and_a_sentence(http, body, st
 def test_a_frame_with_an_empty_image_is_refused(http):
     header = {"prompts": ["p"], "images": [{"mode": "RGB", "size": [0, 0]}]}
     answer = http.post("/score/told", content=b"".join(wire.frame(header)))
-    assert answer.status_code == 422 and "from 1x1 on" in answer.json()["error"]
+    assert answer.status_code == 422 and "at least 1x1" in answer.json()["error"]
 
 
 def test_an_unknown_reward_and_a_missing_column_are_named(http):
@@ -232,9 +233,9 @@ def test_a_body_that_does_not_come_is_given_up(monkeypatch):
             await asyncio.sleep(10)
 
         request = starlette.requests.Request({"type": "http", "method": "POST", "headers": []}, receive)
-        await application._body(request, lambda count: None)
+        await application._read_body(request, lambda count: None)
 
-    with pytest.raises(Refused, match=r"no byte of the body came for 0\.05 s") as caught:
+    with pytest.raises(Refused, match=r"no byte of the body arrived for 0\.05 s") as caught:
         asyncio.run(body())
     assert caught.value.status == 408
 
@@ -333,14 +334,21 @@ def test_health_says_what_is_wrong_with_a_dead_worker(tmp_path):
     service.end()
 
 
-class Sick:
+class Sick(RunsElsewhere):
     """A reward whose worker cannot be looked after."""
 
     def __init__(self):
         self.revived, self.asked_in = 0, None
+        self.columns, self.required = (), ()
 
     def __call__(self, images, prompts):
         return [1.0 for _ in images]
+
+    def check_values(self, row):
+        pass
+
+    def close(self):
+        pass
 
     def revive(self):
         self.revived += 1
@@ -386,7 +394,7 @@ def test_a_service_whose_lanes_end_ends_too(monkeypatch):
     monkeypatch.setattr(Lane, "run", run)
     application, stopped = App([f"{ODD}:told"]), []
     application.stop = lambda: stopped.append(True)
-    asyncio.run(application._work())
+    asyncio.run(application._load_and_run())
     assert application.error == "OSError: a lane ended" and stopped
 
 

@@ -147,9 +147,9 @@ PIXELS = picture().tobytes()
         (b"FAR1" + struct.pack("<IQ", 2, 0) + b"\xff\xff", "not JSON"),
         (b"FAR1" + struct.pack("<IQ", 2, 0) + b"[]", "JSON list, not an object"),
         (b"FAR1" + struct.pack("<IQ", 200_000, 0) + b"[" * 200_000, "not JSON: RecursionError"),
-        (framed({"prompts": ["p"], "images": [RAW]}, PIXELS[:-1]), "go beyond the body"),
+        (framed({"prompts": ["p"], "images": [RAW]}, PIXELS[:-1]), "extend beyond the body"),
         (framed({"prompts": ["p"], "images": [RAW]}, PIXELS + b"x"), "they take 3720 bytes of a body of 3721"),
-        (framed({"prompts": ["p"], "images": [{"png": 10**15}]}, b"x"), "PNG goes beyond the body"),
+        (framed({"prompts": ["p"], "images": [{"png": 10**15}]}, b"x"), "PNG extends beyond the body"),
     ],
 )
 def test_bytes_that_do_not_add_up_are_no_frame(data, message):
@@ -160,7 +160,7 @@ def test_bytes_that_do_not_add_up_are_no_frame(data, message):
 
 @pytest.mark.parametrize("header", [2, 2**31])
 def test_a_frame_that_claims_too_much_is_refused_from_its_first_bytes(header):
-    with pytest.raises(wire.TooLarge, match="at most 1000 are taken"):
+    with pytest.raises(wire.TooLarge, match="at most 1000 are allowed"):
         wire.lengths(b"FAR1" + struct.pack("<IQ", header, 2**40), wire.Limits(bytes=1000))
 
 
@@ -178,13 +178,13 @@ def test_a_frame_that_claims_too_much_is_refused_from_its_first_bytes(header):
         ({"images": [RAW], "prompts": ["p"], "columns": {"a": "x"}}, "column 'a': str for 1 images"),
         ({"images": [RAW], "prompts": ["p"], "weights": 1}, "unknown key 'weights'"),
         ({"images": [RAW] * 5, "prompts": ["p"] * 5}, "5 images; at most 4"),
-        ({"images": [{"mode": "RGB", "size": [0, 0]}], "prompts": ["p"]}, "from 1x1 on"),
-        ({"images": [{"mode": "RGB", "size": [-1, 5]}], "prompts": ["p"]}, "from 1x1 on"),
-        ({"images": [{"mode": "RGB", "size": [True, 5]}], "prompts": ["p"]}, "from 1x1 on"),
-        ({"images": [{"mode": "P", "size": [1, 1]}], "prompts": ["p"]}, "neither a mode"),
-        ({"images": [3], "prompts": ["p"]}, "neither a mode"),
-        ({"images": [{"mode": [], "size": [1, 1]}], "prompts": ["p"]}, "neither a mode"),
-        ({"images": [{"mode": {}, "size": [1, 1]}], "prompts": ["p"]}, "neither a mode"),
+        ({"images": [{"mode": "RGB", "size": [0, 0]}], "prompts": ["p"]}, "at least 1x1"),
+        ({"images": [{"mode": "RGB", "size": [-1, 5]}], "prompts": ["p"]}, "at least 1x1"),
+        ({"images": [{"mode": "RGB", "size": [True, 5]}], "prompts": ["p"]}, "at least 1x1"),
+        ({"images": [{"mode": "P", "size": [1, 1]}], "prompts": ["p"]}, "neither a PNG"),
+        ({"images": [3], "prompts": ["p"]}, "neither a PNG"),
+        ({"images": [{"mode": [], "size": [1, 1]}], "prompts": ["p"]}, "neither a PNG"),
+        ({"images": [{"mode": {}, "size": [1, 1]}], "prompts": ["p"]}, "neither a PNG"),
         ({"images": [{"mode": "RGB", "size": [101, 100]}], "prompts": ["p"]}, "101x100 is more than 10000 pixels"),
         ({"images": [{"mode": "L", "size": [10**9, 10**9]}], "prompts": ["p"]}, "more than 10000 pixels"),
     ],
@@ -248,7 +248,7 @@ def test_an_image_that_is_refused_is_not_decoded():
 
 
 def test_json_is_taken_up_to_64_mib():
-    with pytest.raises(wire.TooLarge, match="at most 67108864 are taken"):
+    with pytest.raises(wire.TooLarge, match="at most 67108864 are allowed"):
         wire.parse_object(b" " * (2**26 + 1))
 
 
