@@ -1,1 +1,1 @@
-"""GenEval's rules on a segmenter of transformers."""
+"""The reward `geneval`: GenEval's rules with a segmentation model of transformers."""

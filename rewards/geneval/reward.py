@@ -1,8 +1,8 @@
-"""The `geneval` reward: are the objects of a prompt there, as many, as coloured and where it says.
+"""The reward `geneval`: whether an image has the objects of its prompt, in the right number, colour and position.
 
-The rules are GenEval's (arXiv 2310.11513). The detector is **not the official one**: that is a Mask2Former of
-mmdetection, whose environment cannot be installed any more; here it is the same architecture, trained on the same
-data, in transformers. Figures are not to be put beside those of papers.
+The rules are GenEval's (arXiv 2310.11513). The detector is **not the official one**, a Mask2Former of mmdetection whose
+environment can no longer be installed. It is the same architecture in transformers, trained on the same data. Scores
+must not be compared with those in papers.
 """
 
 from typing import Any
@@ -19,17 +19,17 @@ _MAX_SIDE = 2048  # pixels; masks are as large as the image
 
 
 class GenEval:
-    """A reward from GenEval's metadata, which comes as the data columns `tag`, `include` and `exclude`.
+    """A reward from GenEval's metadata in the data columns `tag`, `include` and `exclude`.
 
     Args:
-        mode: "strict": 1 where every part of the prompt holds, else 0, as GenEval counts. "soft": the mean grade of the
-            parts (:func:`rewards.geneval.rules.grade`), in [0, 1].
-        detector: folder or hub name of a Mask2Former for instances of COCO. clip: of a CLIP model.
-        device: None: cuda if there is one. dtype: "float32", "bfloat16" or "float16". batch_size: images at once.
-        offload: keep the models on the CPU while unused.
+        mode: "strict": 1 if every requirement of the prompt is met, else 0, as in GenEval. "soft": the mean of the
+            grades (:func:`rewards.geneval.rules.grade`), in [0, 1].
+        detector: folder or hub name of a Mask2Former for instances of COCO. clip: folder or hub name of a CLIP.
+        device: None for cuda, if available. dtype: "float32", "bfloat16" or "float16". batch_size: images at once.
+        offload: keep the models on the CPU while they are not used.
 
     Raises:
-        ValueError: a wrong argument, or a row that is not GenEval's metadata. FileNotFoundError: a checkpoint is
+        ValueError: an invalid argument, or a row that is not GenEval's metadata. FileNotFoundError: a checkpoint is
             missing, with how to get it.
     """
 
@@ -44,7 +44,7 @@ class GenEval:
         offload: bool = False,
     ):
         if mode not in _MODES:
-            raise ValueError(f"geneval: mode is one of {', '.join(_MODES)}, found {mode!r}")
+            raise ValueError(f"geneval: mode must be one of {', '.join(_MODES)}, found {mode!r}")
         placement = Placement(device, dtype, offload, batch_size)
         self.mode = mode
         self.detector, self.colors = Detector(detector, placement), ColorClassifier(clip, placement)
@@ -59,13 +59,13 @@ class GenEval:
     ) -> list[float]:
         rows = zip(tag, include, exclude or [None] * len(images), strict=True)
         tasks = [parse_task(number, *row, classes=self.detector.labels) for number, row in enumerate(rows)]
-        pictures = [at_most(to_rgb(image), _MAX_SIDE) for image in images]
-        found = self.detector(pictures, THRESHOLD)
+        rgb_images = [at_most(to_rgb(image), _MAX_SIDE) for image in images]
+        detections_by_image = self.detector(rgb_images, THRESHOLD)
         scores = []
-        for picture, task, detections in zip(pictures, tasks, found, strict=True):
-            grades = self._grades(picture, task, detections)
+        for image, task, detections in zip(rgb_images, tasks, detections_by_image, strict=True):
+            grades = self._grades(image, task, detections)
             scores.append(float(min(grades) == 1) if self.mode == "strict" else sum(grades) / len(grades))
         return scores
 
-    def _grades(self, picture: Image.Image, task: Task, detections: list) -> list[float]:
-        return grade(task, keep(detections, task.threshold), lambda objects: self.colors(picture, objects))
+    def _grades(self, image: Image.Image, task: Task, detections: list) -> list[float]:
+        return grade(task, keep(detections, task.threshold), lambda objects: self.colors(image, objects))

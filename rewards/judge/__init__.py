@@ -1,1 +1,1 @@
-"""Marks by a vision-language model at an OpenAI-compatible endpoint."""
+"""The reward `vlm_judge`: marks from a vision-language model at an OpenAI-compatible endpoint."""

@@ -1,4 +1,4 @@
-"""What a judge is asked, and how its answer is read."""
+"""The questions to a judge, and the parsing of its answers."""
 
 import re
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from rewards.hints import nearest
 class Template:
     """A question about an image.
 
-    text: the question; ``{prompt}`` in it is replaced by the image's prompt. scores: names of the marks, each of which
-    the answer must give on a line of its own, as ``NAME: NUMBER``. lowest, highest: of a mark.
+    text: the question, in which ``{prompt}`` is replaced by the image's prompt. scores: names of the marks; the answer
+    must give each on a line of its own, as ``NAME: NUMBER``. lowest, highest: the range of a mark.
     """
 
     text: str
@@ -24,33 +24,33 @@ class Template:
     highest: float
 
     def question(self, prompt: str) -> str:
-        """The text that goes to the judge."""
+        """Return the text that is sent to the judge."""
         return self.text.replace("{prompt}", prompt)
 
     def parse(self, answer: str) -> dict[str, float] | None:
-        """The marks in an answer, scaled to [0, 1]; None unless each is there once, in range.
+        """Return the marks in an answer, scaled to [0, 1], or None unless each occurs once and in range.
 
-        A line may be dressed up (``**Alignment Score (1-5)**: 4/5``); a number that stands elsewhere is no mark.
+        A line may be decorated (``**Alignment Score (1-5)**: 4/5``); numbers elsewhere are ignored.
         """
         marks = {}
         for name in self.scores:
-            found = [_NUMBER.fullmatch(rest) for rest in self._lines(name, answer)]
-            if len(found) != 1 or found[0] is None:
+            numbers = [_NUMBER.fullmatch(text) for text in self._values(name, answer)]
+            if len(numbers) != 1 or numbers[0] is None:
                 return None
-            value, of = float(found[0]["value"]), found[0]["of"]
-            if not self.lowest <= value <= self.highest or (of is not None and float(of) != self.highest):
+            value, highest = float(numbers[0]["value"]), numbers[0]["highest"]
+            if not self.lowest <= value <= self.highest or (highest is not None and float(highest) != self.highest):
                 return None
             marks[name] = (value - self.lowest) / (self.highest - self.lowest)
         return marks
 
-    def _lines(self, name: str, answer: str) -> list[str]:
-        """What follows the name and its colon in each line that begins with them."""
+    def _values(self, name: str, answer: str) -> list[str]:
+        """Return what follows the name and a colon, for each line that begins with them."""
         label = re.compile(rf"[\s*#>_-]*{re.escape(name)}(?: score)?\s*(?:\([^()]*\))?[\s*_]*[:：]", re.IGNORECASE)
         plain = (line.strip() for line in answer.splitlines())
         return [line[match.end() :].strip(" *_`") for line in plain if (match := label.match(line))]
 
 
-_NUMBER = re.compile(r"(?P<value>\d+(?:\.\d+)?)\s*(?:/\s*(?P<of>\d+(?:\.\d+)?))?\.?")
+_NUMBER = re.compile(r"(?P<value>\d+(?:\.\d+)?)\s*(?:/\s*(?P<highest>\d+(?:\.\d+)?))?\.?")
 
 _ALIGNMENT = """You are given an image and the text from which it was generated. Judge only how well the image shows \
 what the text says: every object, how many there are, their attributes, actions and places, and any words to be written.
@@ -89,10 +89,10 @@ TEMPLATES = {
 
 
 def load_template(name: str) -> Template:
-    """A built-in template, or one from a YAML file with the keys of :class:`Template`.
+    """Return a built-in template, or one from a YAML file with the keys of :class:`Template`.
 
     Raises:
-        ValueError: an unknown name or key, a key that is missing, a value that will not do.
+        ValueError: an unknown name or key, a missing key, an invalid value.
         FileNotFoundError: no such file.
     """
     if name in TEMPLATES:
@@ -100,13 +100,13 @@ def load_template(name: str) -> Template:
     path = Path(name).expanduser()
     if path.suffix not in (".yaml", ".yml"):
         hint = nearest(name, TEMPLATES)
-        raise ValueError(f"vlm_judge: unknown template {name!r}.{hint} Your own: the path of a .yaml file")
+        raise ValueError(f"vlm_judge: unknown template {name!r}.{hint} For your own, give the path of a .yaml file")
     if not path.is_file():
         raise FileNotFoundError(f"vlm_judge: the template {name} does not exist (looked for {path.resolve()})")
-    return _checked(name, yaml.safe_load(path.read_text(encoding="utf-8")))
+    return _check_template(name, yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
-def _checked(name: str, content: object) -> Template:
+def _check_template(name: str, content: object) -> Template:
     keys = [field.name for field in fields(Template)]
     if not isinstance(content, dict) or sorted(content) != sorted(keys):
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__

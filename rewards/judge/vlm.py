@@ -1,14 +1,11 @@
-"""The `vlm_judge` reward: a vision-language model behind an OpenAI-compatible endpoint (vLLM, SGLang, a hosted one)."""
+"""The reward `vlm_judge`: a vision-language model at an OpenAI-compatible endpoint (vLLM, SGLang, a hosted one)."""
 
 import asyncio
 import base64
 import io
 import logging
-import math
 import os
 from collections.abc import Sequence
-from email.utils import parsedate_to_datetime
-from time import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -16,6 +13,7 @@ from PIL import Image
 
 from rewards.judge.templates import Template, load_template
 from rewards.pictures import at_most, to_rgb
+from rewards.remote.headers import retry_after
 
 if TYPE_CHECKING:
     import httpx
@@ -25,31 +23,35 @@ logger = logging.getLogger(__name__)
 _KEY = "OPENAI_API_KEY"
 _RETRIED = (408, 429, 500, 502, 503, 504)
 _LONGEST_WAIT = 60.0  # seconds between two tries, whatever the server asks for
-_LOGGED = 2000  # characters of an answer
+_MAX_LOGGED = 2000  # characters of an answer
 
 
 class JudgeError(RuntimeError):
-    """The endpoint refused a question, or answered nothing that is a chat completion."""
+    """The endpoint refused a question, or its answer was not a chat completion."""
 
 
 class VlmJudge:
     """A reward in [0, 1]: the mean of the marks that the model gives an image, each scaled from its template's range.
 
-    Not scored (None): an answer from which the marks cannot be read (its text is logged), and an image whose question
-    failed at every try; when more than ``max_unanswered`` of a call's questions failed the first failure is raised, so
-    that the run counts it.
+    An image is not scored (None) if the marks cannot be read from the answer, which is then logged, or if its question
+    failed in every try. If more than the share ``max_unanswered`` of a call's questions failed, the first failure is
+    raised, so that the run counts it.
 
     Args:
-        model: name of the model at the endpoint. base_url: up to and with ``/v1``.
-        template: "alignment" and "aesthetics" (a mark from 0 to 10), "unifiedreward" (alignment, coherence and style
-            from 1 to 5, in the answer's form of UnifiedReward, arXiv 2503.05236), or the path of a YAML file with the
-            keys ``text`` (in which ``{prompt}`` stands for the prompt), ``scores``, ``lowest``, ``highest``.
-        parts: which of the template's scores count; None: all.
-        api_key_env: environment variable with the key. The default one may be unset: then no key is sent.
+        model: name of the model at the endpoint. base_url: URL of the endpoint, ending in ``/v1``.
+        template: "alignment" or "aesthetics" (a mark from 0 to 10), "unifiedreward" (alignment, coherence and style
+            from 1 to 5, in the format of UnifiedReward's answers, arXiv 2503.05236), or the path of a YAML file with
+            the keys ``text`` (in which ``{prompt}`` is replaced by the prompt), ``scores``, ``lowest``, ``highest``.
+        parts: which of the template's scores count; None for all.
+        api_key_env: environment variable with the key. The default one may be unset; then no key is sent.
         timeout: seconds for one try. retries: further tries after time-outs, lost connections, 429 and 5xx, with
-            waits that double, or as long as the server's Retry-After says (at most 60 s).
-        concurrency: questions under way at once. max_side: pixels, larger images are made smaller; others are sent as
-            they are (PNG). max_tokens: of an answer. request: further fields of the request's body.
+            pauses that double or are as long as the server's Retry-After says (at most 60 s).
+        concurrency: questions in progress at once. max_side: pixels; larger images are shrunk, others are sent
+            unchanged (PNG). max_tokens: of an answer. request: further fields of the request's body.
+
+    Raises:
+        ValueError: an argument out of range, an unknown template, a missing or malformed key. FileNotFoundError: no
+            such template file.
     """
 
     def __init__(
@@ -80,8 +82,8 @@ class VlmJudge:
         if not key and api_key_env != _KEY:
             raise ValueError(f"vlm_judge: the environment variable {api_key_env} (api_key_env) is not set")
         key = (key or "").strip()
-        if not (key.isascii() and key.isprintable()):  # the HTTP library would show the whole header in its error
-            raise ValueError(f"vlm_judge: {api_key_env} holds characters that no key has")
+        if not (key.isascii() and key.isprintable()):  # otherwise the HTTP library's error would show the whole header
+            raise ValueError(f"vlm_judge: {api_key_env} contains characters other than printable ASCII ones")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.url = base_url.rstrip("/") + "/chat/completions"
         self.model, self.timeout, self.retries, self.concurrency = model, timeout, retries, concurrency
@@ -94,7 +96,7 @@ class VlmJudge:
             raise ValueError(f"vlm_judge: base_url must be http(s)://host/v1, found {base_url!r}")
         if parsed.username is not None or parsed.password is not None:
             raise ValueError(
-                "vlm_judge: base_url holds a user name or password, which logs would show: use api_key_env"
+                "vlm_judge: base_url contains a user name or password, which logs would show: use api_key_env"
             )
         retries, *others = counts
         if not timeout > 0 or retries < 0 or min(others) < 1:
@@ -108,7 +110,7 @@ class VlmJudge:
         if not images:
             return []
         limit = asyncio.Semaphore(self.concurrency)
-        # A client of its own for each call: the next one may come from another event loop.
+        # A new client for each call, because the next call may come from another event loop.
         limits = httpx.Limits(max_connections=self.concurrency)
         async with httpx.AsyncClient(timeout=None, limits=limits, headers=self._headers) as client:
 
@@ -116,8 +118,8 @@ class VlmJudge:
                 async with limit:
                     return await self._answer(client, await asyncio.to_thread(self._body, image, prompt))
 
-            asked = [ask(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
-            answers = await asyncio.gather(*asked, return_exceptions=True)
+            questions = [ask(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+            answers = await asyncio.gather(*questions, return_exceptions=True)
         return self._scores(answers)
 
     def _scores(self, answers: Sequence[str | BaseException]) -> list[float | None]:
@@ -125,7 +127,7 @@ class VlmJudge:
         for failure in failures:
             if not isinstance(failure, _failures()):
                 raise failure
-        if len(failures) > self.max_unanswered * len(answers):  # a failure of the call, which the run counts
+        if len(failures) > self.max_unanswered * len(answers):  # counted by the run as a failure of the whole call
             raise failures[0]
         if failures:
             first = f"{type(failures[0]).__name__}: {failures[0]}"
@@ -135,7 +137,9 @@ class VlmJudge:
     def _score(self, answer: str) -> float | None:
         marks = self.template.parse(answer)
         if marks is None:
-            logger.warning("vlm_judge: not scored, no marks can be read from the answer %r", answer[:_LOGGED])
+            logger.warning(
+                "vlm_judge: an image is not scored, no marks can be read from the answer %r", answer[:_MAX_LOGGED]
+            )
             return None
         return sum(marks[part] for part in self.parts) / len(self.parts)
 
@@ -156,7 +160,7 @@ class VlmJudge:
         } | self.request
 
     async def _answer(self, client: "httpx.AsyncClient", body: dict[str, Any]) -> str:
-        """The text of one answer, after as many tries as it takes."""
+        """Ask the endpoint, again if necessary, and return the text of its answer."""
         import tenacity
 
         tries = tenacity.AsyncRetrying(
@@ -169,14 +173,15 @@ class VlmJudge:
         try:
             answer = response.json()["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise JudgeError(f"{self.url} answered no chat completion: {response.text[:200]!r}") from error
+            raise JudgeError(f"{self.url} did not answer with a chat completion: {response.text[:200]!r}") from error
         return answer if isinstance(answer, str) else ""
 
     async def _post(self, client: "httpx.AsyncClient", body: dict[str, Any]) -> "httpx.Response":
         import httpx
 
         try:
-            async with asyncio.timeout(self.timeout):  # of the whole: httpx's own starts anew with every byte
+            # For the whole request: httpx's own timeout starts again with every byte.
+            async with asyncio.timeout(self.timeout):
                 response = await client.post(self.url, json=body)
         except TimeoutError:
             raise httpx.ReadTimeout(f"{self.url} did not answer within {self.timeout:g} s") from None
@@ -188,7 +193,7 @@ class VlmJudge:
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What costs one image its score, and not the run."""
+    """Return the errors that cost an image its score but do not end the run."""
     import httpx
 
     return (JudgeError, httpx.TransportError, httpx.HTTPStatusError)
@@ -201,23 +206,12 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _wait(state: Any) -> float:
-    """Seconds until the next try: what the server asks for, or from half a second on twice as long each time."""
+    """Return the seconds until the next try: what the server asks for, else half a second, doubled with each try."""
     import tenacity
 
     error = state.outcome.exception()
-    asked = _retry_after(error.response.headers.get("Retry-After")) if hasattr(error, "response") else None
-    return asked if asked is not None else tenacity.wait_exponential_jitter(initial=0.5, max=_LONGEST_WAIT)(state)
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header: a number, or a date; None where it is neither."""
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(value).timestamp() - time()
-        except ValueError:
-            return None
-    return min(max(seconds, 0.0), _LONGEST_WAIT) if math.isfinite(seconds) else None
+    if hasattr(error, "response"):
+        requested = retry_after(error.response.headers.get("Retry-After"), _LONGEST_WAIT)
+        if requested is not None:
+            return requested
+    return tenacity.wait_exponential_jitter(initial=0.5, max=_LONGEST_WAIT)(state)

@@ -1,1 +1,1 @@
-"""Rewards with published weights: HPSv2, ImageReward, PickScore, CLIP score, aesthetics."""
+"""Rewards with published weights: HPSv2, ImageReward, PickScore, CLIP score, LAION's aesthetic predictor."""

@@ -1,4 +1,4 @@
-"""The CLIP family: a CLIPModel with its tokenizer and its images, and the cosine between a picture and a prompt."""
+"""CLIP models: embeddings of images and prompts, and the cosine of the two."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from rewards.learned import weight_files
-from rewards.learned.running import Placement, Prompts, check_pairs, without_ends
+from rewards.learned.running import Placement, Prompts, check_pairs, crop_long_ends
 from rewards.pictures import to_rgb
 
 
 class Clip:
-    """Unit embeddings of images and prompts, and their cosines.
+    """A CLIP that embeds images and prompts as unit vectors.
 
-    model: in transformers' classes. prompts: ids for it, or ``None`` where only images are embedded. pixels: an RGB
-    image to (3, side, side).
+    model: a CLIPModel of transformers. prompts: converts prompts to its token ids; None if only images are embedded.
+    pixels: converts an RGB image to its input (3, side, side).
     """
 
     def __init__(
@@ -30,27 +30,27 @@ class Clip:
         self.prompts, self.pixels, self.placement = prompts, pixels, placement
 
     def embed_images(self, images: Sequence[Image.Image], device: torch.device) -> Tensor:
-        """Unit embeddings (N, D) in float32, within :meth:`Placement.running`."""
+        """Embed images as unit vectors (N, D) in float32, within :meth:`Placement.running`."""
         embedded = []
-        for part in self.placement.batches(len(images)):
-            # One image after the other: only what the model takes is held of each.
-            pixels = torch.stack([self.pixels(to_rgb(image)) for image in images[part]])
+        for batch in self.placement.batches(len(images)):
+            # One image after the other, so that only the model's input of each stays in memory.
+            pixels = torch.stack([self.pixels(to_rgb(image)) for image in images[batch]])
             pixels = pixels.to(device, self.placement.torch_dtype)
             embedded.append(_unit(self.model.get_image_features(pixel_values=pixels).pooler_output))
         return torch.cat(embedded)
 
     def embed_prompts(self, prompts: Sequence[str], device: torch.device) -> Tensor:
-        """Unit embeddings (N, D) in float32, within :meth:`Placement.running`; equal prompts are embedded once."""
+        """Embed prompts as unit vectors (N, D) in float32, equal ones once, within :meth:`Placement.running`."""
         assert self.prompts is not None
         distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         ids, _ = self.prompts(list(distinct))
-        # Padding comes after the token that is read, and attention only looks back: no mask is needed.
-        parts = [ids[part].to(device) for part in self.placement.batches(len(distinct))]
-        embedded = torch.cat([_unit(self.model.get_text_features(input_ids=part).pooler_output) for part in parts])
+        # No mask is needed: padding comes after the token that is read, and attention is causal.
+        batches = [ids[batch].to(device) for batch in self.placement.batches(len(distinct))]
+        embedded = torch.cat([_unit(self.model.get_text_features(input_ids=batch).pooler_output) for batch in batches])
         return embedded[[distinct[prompt] for prompt in prompts]]
 
     def cosines(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """The cosine of each image and its prompt, in [-1, 1]."""
+        """Return the cosine of each image and its prompt, in [-1, 1]."""
         check_pairs(images, prompts)
         if not images:
             return []
@@ -66,24 +66,24 @@ def _unit(features: Tensor) -> Tensor:
 def load_clip(
     checkpoint: str | Path, processor: str | Path | None, placement: Placement, *, reward: str, text: bool = True
 ) -> Clip:
-    """A CLIP in transformers' format.
+    """Load a CLIP in transformers' format.
 
     Args:
-        checkpoint: folder or hub name of the model. processor: of the tokenizer and the image processor; the model's
-            own where ``None``. text: False leaves out the tokenizer and the tower it feeds.
+        checkpoint: folder or hub name of the model. processor: folder or hub name of the tokenizer and the image
+            processor; None for the model's own. text: False leaves out the tokenizer and the text tower.
 
     Raises:
-        FileNotFoundError: naming what is missing. ValueError: when the weights are not a CLIP's.
+        FileNotFoundError: naming what is missing. ValueError: the weights are not those of a CLIP.
     """
-    images_and_text = {**weight_files.IMAGES, **(weight_files.TOKENIZER if text else {})}
+    processor_files = {**weight_files.IMAGE_PROCESSOR_FILES, **(weight_files.TOKENIZER_FILES if text else {})}
     if processor is None:
-        needs = {**weight_files.MODEL, **images_and_text}
-        folder = beside = weight_files.find_folder(checkpoint, needs, reward=reward, arg="checkpoint")
-    else:  # the small one first: what is missing is said before gigabytes are loaded
-        beside = weight_files.find_folder(processor, images_and_text, reward=reward, arg="processor")
-        folder = weight_files.find_folder(checkpoint, weight_files.MODEL, reward=reward, arg="checkpoint")
-    image_processor = CLIPImageProcessorPil.from_pretrained(beside)
-    tokenizer = AutoTokenizer.from_pretrained(beside) if text else None
+        all_files = {**weight_files.MODEL_FILES, **processor_files}
+        folder = processor_folder = weight_files.find_folder(checkpoint, all_files, reward=reward, arg="checkpoint")
+    else:  # the small files first, so that a missing one is reported before gigabytes are downloaded
+        processor_folder = weight_files.find_folder(processor, processor_files, reward=reward, arg="processor")
+        folder = weight_files.find_folder(checkpoint, weight_files.MODEL_FILES, reward=reward, arg="checkpoint")
+    image_processor = CLIPImageProcessorPil.from_pretrained(processor_folder)
+    tokenizer = AutoTokenizer.from_pretrained(processor_folder) if text else None
     model = weight_files.load_model(CLIPModel, folder, reward=reward, dtype=torch.float32)
     prompts = None
     if tokenizer is not None:
@@ -101,9 +101,9 @@ def load_clip(
 
 
 def _pixels_by(processor: Any) -> Callable[[Image.Image], Tensor]:
-    """transformers' own preprocessing by PIL, which needs no torchvision and gives the same pixels everywhere."""
+    """Return transformers' preprocessing with PIL, which needs no torchvision and gives the same pixels everywhere."""
 
     def pixels(image: Image.Image) -> Tensor:
-        return processor(without_ends(image), return_tensors="pt")["pixel_values"][0]
+        return processor(crop_long_ends(image), return_tensors="pt")["pixel_values"][0]
 
     return pixels

@@ -1,4 +1,4 @@
-"""CLIPScore: how near a picture and its prompt are in a CLIP."""
+"""The reward `clipscore`: how well an image and its prompt agree in a CLIP."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ CHECKPOINT = "openai/clip-vit-large-patch14"
 
 
 class ClipScore:
-    """100 x the cosine of the image's and the prompt's embedding, in [-100, 100]; about 15 to 35 for real pictures.
+    """100 x the cosine of the image's and the prompt's embedding, in [-100, 100]; about 15 to 35 for real images.
 
-    As ``torchmetrics`` gives it, but that a negative one stays negative. (Hessel et al. 2021, equation 1, takes
+    This is the score of ``torchmetrics``, except that negative values are kept. (Hessel et al. 2021, equation 1, is
     2.5 x max(cosine, 0).)
     """
 
@@ -26,21 +26,22 @@ class ClipScore:
         batch_size: int = 16,
         offload: bool = False,
     ) -> None:
-        """Any CLIP in transformers' format.
+        """Load a CLIP in transformers' format.
 
         Args:
-            checkpoint: folder or hub name. processor: folder or hub name of the tokenizer and the image processor,
-                where they are not with the model. device, dtype, batch_size, offload: see :class:`Placement`.
+            checkpoint: folder or hub name. processor: folder or hub name of the tokenizer and the image processor, if
+                they are not with the model. device, dtype, batch_size, offload: see :class:`Placement`.
 
         Raises:
-            FileNotFoundError: naming what to get. ValueError: a checkpoint that is no CLIP, or an arg out of range.
+            FileNotFoundError: a file is missing, with how to get it. ValueError: a checkpoint that is not a CLIP, or an
+                argument out of range.
         """
         placement = Placement(device, dtype, offload, batch_size)
         self.clip = load_clip(checkpoint, processor, placement, reward="clipscore")
 
     @property
     def truncated(self) -> int:
-        """Prompts that were longer than the model reads, so far."""
+        """How many prompts so far were longer than the model reads."""
         return self.clip.prompts.truncated if self.clip.prompts else 0
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> list[float]:

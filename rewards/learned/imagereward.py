@@ -1,4 +1,4 @@
-"""ImageReward (Xu et al. 2023): BLIP, whose text reads the picture by cross-attention, and a linear head."""
+"""The reward `imagereward` (Xu et al. 2023): BLIP, whose text tower attends to the image, and a linear head."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from rewards.learned import weight_files
 from rewards.learned.packages import check_native
-from rewards.learned.running import LinearStack, Placement, Prompts, check_pairs, normalize, to_tensor, without_ends
+from rewards.learned.running import LinearStack, Placement, Prompts, check_pairs, crop_long_ends, normalize, to_tensor
 from rewards.pictures import to_rgb
 
 CHECKPOINT = "THUDM/ImageReward:ImageReward.pt"
 TOKENIZER = "google-bert/bert-base-uncased"
 #: Tokens that BLIP adds to BERT's vocabulary, in this order.
 ADDED_TOKENS = ("[DEC]", "[ENC]")
-#: Tokens of a prompt that the authors' code reads.
+#: How many tokens of a prompt the authors' code reads.
 LIMIT = 35
-#: Of the raw scores on the authors' data; a reward is 0 on average there, with standard deviation 1.
+#: Of the raw scores on the authors' data, on which the reward thus has mean 0 and standard deviation 1.
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-#: The width of an attention head, of both towers; a state dict does not tell it.
+#: The width of an attention head in both towers, which a state dict does not contain.
 HEAD_WIDTH = 64
 
-#: Of BLIP's other tasks, and a buffer that is not saved any more.
+#: Keys of BLIP's other tasks, and of a buffer that is no longer saved.
 _IGNORED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
-_VISION = (
+_VISION_PREFIXES = (
     ("cls_token", "embeddings.class_embedding"),
     ("pos_embed", "embeddings.position_embedding"),
     ("patch_embed.proj.", "embeddings.patch_embedding."),
     ("norm.", "post_layernorm."),
 )
-_IN_BLOCK = (
+_BLOCK_PREFIXES = (
     ("norm1.", "layer_norm1."),
     ("norm2.", "layer_norm2."),
     ("attn.qkv.", "self_attn.qkv."),
@@ -46,7 +46,7 @@ _IN_BLOCK = (
 
 
 class ImageRewardModel(nn.Module):
-    """BLIP's image tower, its text tower with cross-attention, and the head; sizes as in a state dict."""
+    """BLIP's image tower, its text tower with cross-attention, and the head."""
 
     def __init__(self, vision: BlipVisionConfig, text: BlipTextConfig, head: LinearStack) -> None:
         super().__init__()
@@ -55,10 +55,10 @@ class ImageRewardModel(nn.Module):
         self.mlp = head
 
     def forward(self, ids: Tensor, mask: Tensor, pixels: Tensor) -> Tensor:
-        """Scores (N,) in float32 of prompts (N, L) and images (N, 3, side, side)."""
-        seen = self.vision(pixel_values=pixels).last_hidden_state
-        read = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen, is_decoder=False)
-        raw = self.mlp(read.last_hidden_state[:, 0].float())[:, 0]
+        """Return scores (N,) in float32 for prompts (N, L) and images (N, 3, side, side)."""
+        image_states = self.vision(pixel_values=pixels).last_hidden_state
+        text = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=image_states, is_decoder=False)
+        raw = self.mlp(text.last_hidden_state[:, 0].float())[:, 0]
         return (raw - MEAN) / STD
 
 
@@ -72,7 +72,7 @@ class ImageReward:
 
     @property
     def truncated(self) -> int:
-        """Prompts that were longer than 35 tokens, so far."""
+        """How many prompts so far were longer than 35 tokens."""
         return self.prompts.truncated
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> list[float]:
@@ -83,10 +83,10 @@ class ImageReward:
         scores: list[float] = []
         ids, mask = self.prompts(prompts)
         with self.placement.running(self.model) as device:
-            for part in self.placement.batches(len(images)):
-                seen = torch.stack([pixels(to_rgb(image), side) for image in images[part]])
-                seen = seen.to(device, self.placement.torch_dtype)
-                scores += self.model(ids[part].to(device), mask[part].to(device), seen).tolist()
+            for batch in self.placement.batches(len(images)):
+                inputs = torch.stack([pixels(to_rgb(image), side) for image in images[batch]])
+                inputs = inputs.to(device, self.placement.torch_dtype)
+                scores += self.model(ids[batch].to(device), mask[batch].to(device), inputs).tolist()
         return scores
 
 
@@ -100,31 +100,38 @@ def imagereward(
     offload: bool = False,
     allow_pickle: bool = False,
 ) -> ImageReward:
-    """ImageReward from its original checkpoint.
+    """Load ImageReward from its original checkpoint.
 
     Args:
-        backend: "native", or "package" for the PyPI package in an environment of its own. checkpoint: the file, its
-            folder, or ``owner/name:file`` on the hub. tokenizer: folder or hub name of BERT's, uncased. allow_pickle:
-            see :func:`rewards.learned.weight_files.read_state_dict`. device, dtype, batch_size, offload: see :class:`Placement`.
+        backend: "native", or "package" for the PyPI package in its own environment. checkpoint: the file, its folder,
+            or ``owner/name:file`` on the hub. tokenizer: folder or hub name of BERT's uncased tokenizer. allow_pickle:
+            see :func:`rewards.learned.weight_files.read_state_dict`. device, dtype, batch_size, offload: see
+            :class:`Placement`.
 
     Raises:
-        FileNotFoundError: naming what to get. ValueError: a checkpoint that is not this, or an arg out of range.
+        FileNotFoundError: a file is missing, with how to get it. ValueError: a checkpoint of another model, or an
+            argument out of range.
     """
     check_native("imagereward", backend)
     placement = Placement(device, dtype, offload, batch_size)
     path = weight_files.find_file(checkpoint, reward="imagereward", arg="checkpoint", file="ImageReward.pt")
-    folder = weight_files.find_folder(tokenizer, weight_files.TOKENIZER, reward="imagereward", arg="tokenizer")
-    words = BertTokenizer.from_pretrained(folder)
-    words.add_tokens(list(ADDED_TOKENS), special_tokens=True)
+    folder = weight_files.find_folder(tokenizer, weight_files.TOKENIZER_FILES, reward="imagereward", arg="tokenizer")
+    bert_tokenizer = BertTokenizer.from_pretrained(folder)
+    bert_tokenizer.add_tokens(list(ADDED_TOKENS), special_tokens=True)
     state = weight_files.read_state_dict(path, reward="imagereward", allow_pickle=allow_pickle)
     model = build_model(state, path)
-    rows = model.text.config.vocab_size
-    prompts = Prompts(words, reward="imagereward", limit=LIMIT, pad=words.pad_token_id, vocabulary=rows)
+    prompts = Prompts(
+        bert_tokenizer,
+        reward="imagereward",
+        limit=LIMIT,
+        pad=bert_tokenizer.pad_token_id,
+        vocabulary=model.text.config.vocab_size,
+    )
     return ImageReward(model, prompts, placement)
 
 
 def build_model(state: Mapping[str, Tensor], source: Path) -> ImageRewardModel:
-    """The model of the sizes and with the weights of the authors' state dict.
+    """Build the model with the sizes and weights of the authors' state dict.
 
     Raises:
         ValueError: naming the first keys that do not fit.
@@ -139,23 +146,23 @@ def build_model(state: Mapping[str, Tensor], source: Path) -> ImageRewardModel:
 
 def _configs(state: Mapping[str, Tensor], source: Path) -> tuple[BlipVisionConfig, BlipTextConfig]:
     def shape(key: str) -> tuple[int, ...]:
-        return weight_files.need(state, key, reward="imagereward", source=source)
+        return weight_files.shape_of(state, key, reward="imagereward", source=source)
 
-    seen, read = "blip.visual_encoder.", "blip.text_encoder."
-    width, _, _, patch = shape(f"{seen}patch_embed.proj.weight")
-    rows, text_width = shape(f"{read}embeddings.word_embeddings.weight")
+    image_prefix, text_prefix = "blip.visual_encoder.", "blip.text_encoder."
+    width, _, _, patch = shape(f"{image_prefix}patch_embed.proj.weight")
+    rows, text_width = shape(f"{text_prefix}embeddings.word_embeddings.weight")
     for tower, found in (("image", width), ("text", text_width)):
         if found % HEAD_WIDTH:
             raise ValueError(
-                f"{source} is no checkpoint of the reward 'imagereward': its {tower} tower is {found} wide, no "
+                f"{source} is not a checkpoint of the reward 'imagereward': its {tower} tower is {found} wide, not a "
                 f"multiple of {HEAD_WIDTH}"
             )
-    patches = shape(f"{seen}pos_embed")[1] - 1
+    patches = shape(f"{image_prefix}pos_embed")[1] - 1
     vision = BlipVisionConfig(
         hidden_size=width,
         num_attention_heads=width // HEAD_WIDTH,
-        intermediate_size=shape(f"{seen}blocks.0.mlp.fc1.weight")[0],
-        num_hidden_layers=weight_files.count_layers(state, f"{seen}blocks."),
+        intermediate_size=shape(f"{image_prefix}blocks.0.mlp.fc1.weight")[0],
+        num_hidden_layers=weight_files.count_layers(state, f"{image_prefix}blocks."),
         patch_size=patch,
         image_size=patch * weight_files.square_side(patches, reward="imagereward", source=source),
         layer_norm_eps=1e-6,
@@ -166,14 +173,14 @@ def _configs(state: Mapping[str, Tensor], source: Path) -> tuple[BlipVisionConfi
         hidden_size=text_width,
         num_attention_heads=text_width // HEAD_WIDTH,
         encoder_hidden_size=width,
-        intermediate_size=shape(f"{read}encoder.layer.0.intermediate.dense.weight")[0],
-        num_hidden_layers=weight_files.count_layers(state, f"{read}encoder.layer."),
-        max_position_embeddings=shape(f"{read}embeddings.position_embeddings.weight")[0],
+        intermediate_size=shape(f"{text_prefix}encoder.layer.0.intermediate.dense.weight")[0],
+        num_hidden_layers=weight_files.count_layers(state, f"{text_prefix}encoder.layer."),
+        max_position_embeddings=shape(f"{text_prefix}embeddings.position_embeddings.weight")[0],
         layer_norm_eps=1e-12,
         hidden_act="gelu",
-        is_decoder=True,  # which is what gives it cross-attention; it is called as an encoder
+        is_decoder=True,  # needed for cross-attention; it is called as an encoder
         pad_token_id=0,
-        bos_token_id=None,  # it writes nothing, and transformers' defaults need BERT's whole vocabulary
+        bos_token_id=None,  # it generates nothing, and transformers' defaults need the full vocabulary of BERT
         eos_token_id=None,
         sep_token_id=None,
     )
@@ -181,7 +188,7 @@ def _configs(state: Mapping[str, Tensor], source: Path) -> tuple[BlipVisionConfi
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' state dict under the names of :class:`ImageRewardModel`; a key that is not known keeps its own."""
+    """Rename the keys of the authors' state dict to those of :class:`ImageRewardModel`; an unknown key is kept."""
     renamed = {}
     for key, value in state.items():
         if key.startswith(_IGNORED):
@@ -193,12 +200,14 @@ def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             inner = key.removeprefix("blip.visual_encoder.")
             block = re.match(r"blocks\.(\d+)\.", inner)
             start = f"vision.encoder.layers.{block[1]}." if block else "vision."
-            name = start + _replaced(inner[block.end() :] if block else inner, _IN_BLOCK if block else _VISION)
+            name = start + _replace_prefix(
+                inner[block.end() :] if block else inner, _BLOCK_PREFIXES if block else _VISION_PREFIXES
+            )
         renamed[name] = value
     return renamed
 
 
-def _replaced(name: str, prefixes: tuple[tuple[str, str], ...]) -> str:
+def _replace_prefix(name: str, prefixes: tuple[tuple[str, str], ...]) -> str:
     for old, new in prefixes:
         if name.startswith(old):
             return new + name.removeprefix(old)
@@ -206,11 +215,11 @@ def _replaced(name: str, prefixes: tuple[tuple[str, str], ...]) -> str:
 
 
 def pixels(image: Image.Image, side: int) -> Tensor:
-    """The shortest side to `side` (PIL's bicubic), the middle cut out, normalised: (3, side, side).
+    """Resize an image so that its shortest side is `side` (bicubic), crop its centre, and normalise: (3, side, side).
 
-    By torchvision's rounding, as in the authors' code; that of transformers' image processor differs by a pixel.
+    Sizes are rounded as in torchvision, which the authors use; transformers' image processor differs by a pixel.
     """
-    image = without_ends(image)
+    image = crop_long_ends(image)
     shortest = min(image.size)
     width, height = (side if length == shortest else int(side * length / shortest) for length in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)

@@ -1,6 +1,6 @@
-"""HPSv2 by the PyPI package ``hpsv2``. Runs in the environment of ``requirements/hpsv2.txt``, never in the trainer's.
+"""HPSv2 with the PyPI package ``hpsv2``, in the environment of ``requirements/hpsv2.txt``, never in the trainer's.
 
-The package's own ``score()`` reads its checkpoint anew at every call, and by a pickle that may run code; here its model,
+The package's own ``score()`` reads its checkpoint again in every call, with a pickle that may run code. Here its model,
 preprocessing and tokenizer are built once and called as ``score()`` calls them.
 """
 
@@ -25,19 +25,19 @@ _VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 def hpsv2(
     version: str = "v2.1", checkpoint: str | None = None, device: str | None = None, allow_pickle: bool = False
 ) -> Callable[[list[Image.Image], list[str]], list[float]]:
-    """A reward of (images, prompts); args as of :func:`rewards.learned.hpsv2.hpsv2`."""
-    where = Placement(device).resolve()
+    """Load the package's model and return the reward; args as for :func:`rewards.learned.hpsv2.hpsv2`."""
+    torch_device = Placement(device).resolve()
     path = find_file(
         checkpoint or f"xswu/HPSv2:{FILES[version]}", reward="hpsv2", arg="checkpoint", file=FILES[version]
     )
-    _give_vocabulary()
+    _install_vocabulary()
     from hpsv2.src.open_clip import create_model_and_transforms, get_tokenizer
 
     model, _, preprocess = create_model_and_transforms(
         "ViT-H-14",
-        None,  # no weights but the checkpoint's
+        None,  # no weights: they are loaded below
         precision="amp",
-        device=where,
+        device=torch_device,
         light_augmentation=True,
         aug_cfg={},
         output_dict=True,
@@ -51,18 +51,18 @@ def hpsv2(
     def reward(images: list[Image.Image], prompts: list[str]) -> list[float]:
         check_pairs(images, prompts)
         scores = []
-        with torch.no_grad(), torch.autocast("cuda", enabled=where.type == "cuda"):
+        with torch.no_grad(), torch.autocast("cuda", enabled=torch_device.type == "cuda"):
             for image, prompt in zip(images, prompts, strict=True):
-                seen = preprocess(to_rgb(image)).unsqueeze(0).to(where)
-                out = model(seen, tokenize([prompt]).to(where))
+                pixels = preprocess(to_rgb(image)).unsqueeze(0).to(torch_device)
+                out = model(pixels, tokenize([prompt]).to(torch_device))
                 scores.append((out["image_features"] @ out["text_features"].T).item())
         return scores
 
     return reward
 
 
-def _give_vocabulary() -> None:
-    """Lay the vocabulary that the package's wheel lacks where it looks: the same file comes with open-clip-torch."""
+def _install_vocabulary() -> None:
+    """Copy the vocabulary, which the package's wheel lacks, from open-clip-torch to where the package looks for it."""
     folders = {}
     for package in ("hpsv2", "open_clip"):
         spec = importlib.util.find_spec(package)

@@ -1,7 +1,7 @@
-"""ImageReward by the PyPI package ``image-reward``. Runs in the environment of ``requirements/imagereward.txt``.
+"""ImageReward with the PyPI package ``image-reward``, in the environment of ``requirements/imagereward.txt``.
 
-Its own ``load()`` reads the checkpoint by a pickle that may run code, and drops keys that do not fit; here its model is
-built and filled by our reader, and scores by its own ``score()``.
+The package's own ``load()`` reads the checkpoint with a pickle that may run code, and drops keys that do not fit. Here
+our reader fills its model, which then scores with its own ``score()``.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from rewards.learned.running import Placement, check_pairs
-from rewards.learned.weight_files import TOKENIZER, find_file, find_folder, load_weights, read_state_dict
+from rewards.learned.weight_files import TOKENIZER_FILES, find_file, find_folder, load_weights, read_state_dict
 from rewards.pictures import to_rgb
 
-#: A buffer that the package's model has and that some files carry.
+#: A buffer of the package's model, which some checkpoints contain.
 _POSITIONS = "blip.text_encoder.embeddings.position_ids"
 
 
@@ -30,10 +30,10 @@ def imagereward(
     device: str | None = None,
     allow_pickle: bool = False,
 ) -> Callable[[list[Image.Image], list[str]], list[float]]:
-    """A reward of (images, prompts); `med_config` is the package's description of its text tower."""
-    where = Placement(device).resolve()
+    """Load the package's model and return the reward; `med_config` is the package's config of the text tower."""
+    torch_device = Placement(device).resolve()
     path = find_file(checkpoint, reward="imagereward", arg="checkpoint", file="ImageReward.pt")
-    model = build(tokenizer, med_config, where)
+    model = build(tokenizer, med_config, torch_device)
     state = read_state_dict(path, reward="imagereward", allow_pickle=allow_pickle)
     load_weights(model, _with_buffers(state, model.state_dict()), reward="imagereward", source=path)
     model.eval()
@@ -47,27 +47,29 @@ def imagereward(
 
 
 def build(tokenizer: str, med_config: str, device: torch.device) -> Any:
-    """The package's model with random weights, its tokenizer from a folder where the package asks the hub."""
+    """Build the package's model with random weights, with its tokenizer from a folder instead of the hub."""
     config = find_file(med_config, reward="imagereward", arg="med_config", file="med_config.json")
-    words = find_folder(tokenizer, TOKENIZER, reward="imagereward", arg="tokenizer")
+    tokenizer_folder = find_folder(tokenizer, TOKENIZER_FILES, reward="imagereward", arg="tokenizer")
     if "clip" not in sys.modules and importlib.util.find_spec("clip") is None:
-        sys.modules["clip"] = types.ModuleType("clip")  # imported undeclared, for another score than this one
+        sys.modules["clip"] = types.ModuleType(
+            "clip"
+        )  # the package imports it for another score, without depending on it
     from ImageReward.ImageReward import ImageReward
     from ImageReward.models.BLIP import blip_pretrain
     from transformers import BertTokenizer
 
     def local_tokenizer() -> Any:
-        """The package's ``init_tokenizer``, from a folder."""
-        made = BertTokenizer.from_pretrained(str(words))
-        made.add_special_tokens({"bos_token": "[DEC]"})
-        made.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
-        return made
+        """Do what the package's ``init_tokenizer`` does, with a folder."""
+        bert_tokenizer = BertTokenizer.from_pretrained(str(tokenizer_folder))
+        bert_tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+        bert_tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+        return bert_tokenizer
 
     blip_pretrain.init_tokenizer = local_tokenizer
     return ImageReward(med_config=str(config), device=device).to(device)
 
 
-def _with_buffers(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict, with the model's own buffer of positions and BLIP's unused projections where it lacks them."""
-    spare = (_POSITIONS, "blip.vision_proj.", "blip.text_proj.")
-    return {**{key: value for key, value in own.items() if key.startswith(spare)}, **state}
+def _with_buffers(state: Mapping[str, Any], model_state: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete a state dict with the model's own buffer of positions and BLIP's unused projections."""
+    optional = (_POSITIONS, "blip.vision_proj.", "blip.text_proj.")
+    return {**{key: value for key, value in model_state.items() if key.startswith(optional)}, **state}

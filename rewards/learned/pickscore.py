@@ -1,4 +1,4 @@
-"""PickScore (Kirstain et al. 2023): a CLIP ViT-H/14 trained on which of two pictures people picked."""
+"""The reward `pickscore` (Kirstain et al. 2023): a CLIP ViT-H/14 trained on which of two images people preferred."""
 
 from pathlib import Path
 
@@ -9,15 +9,15 @@ from rewards.learned.clip import load_clip
 from rewards.learned.running import Placement
 
 CHECKPOINT = "yuvalkirstain/PickScore_v1"
-#: Its tokenizer and image processor, as its authors' code takes them.
+#: Its tokenizer and image processor, as in the authors' code.
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class PickScore:
     """exp(logit scale) x cosine / `divide_by`.
 
-    The first two are the authors' score, about 16 to 26 with their checkpoint. Public reinforcement-learning code
-    divides by 26 to come near 1, and so do we; ``divide_by: 1`` gives the authors' figures.
+    Without the division it is the authors' score, about 16 to 26 with their checkpoint. Public reinforcement-learning
+    code divides by 26 to get close to 1, and so does this; ``divide_by: 1`` gives the authors' score.
     """
 
     def __init__(
@@ -30,27 +30,29 @@ class PickScore:
         batch_size: int = 16,
         offload: bool = False,
     ) -> None:
-        """See :class:`PickScore`.
+        """Load the CLIP.
 
         Args:
-            checkpoint: folder or hub name. processor: folder or hub name of the tokenizer and the image processor;
-                without it those in the checkpoint's folder, or :data:`PROCESSOR`. device, dtype, batch_size, offload:
-                see :class:`Placement`.
+            checkpoint: folder or hub name. processor: folder or hub name of the tokenizer and the image processor; None
+                takes those in the checkpoint's folder, or :data:`PROCESSOR`. device, dtype, batch_size, offload: see
+                :class:`Placement`.
 
         Raises:
-            FileNotFoundError: naming what to get. ValueError: a checkpoint that is no CLIP, or an arg out of range.
+            FileNotFoundError: a file is missing, with how to get it. ValueError: a checkpoint that is not a CLIP, or an
+                argument out of range.
         """
         if isinstance(divide_by, bool) or not isinstance(divide_by, (int, float)) or not divide_by > 0:
             raise ValueError(f"divide_by must be a positive number, found {divide_by!r}")
         placement = Placement(device, dtype, offload, batch_size)
-        if processor is None and not weight_files.holds(checkpoint, {**weight_files.TOKENIZER, **weight_files.IMAGES}):
+        processor_files = {**weight_files.TOKENIZER_FILES, **weight_files.IMAGE_PROCESSOR_FILES}
+        if processor is None and not weight_files.has_files(checkpoint, processor_files):
             processor = PROCESSOR
         self.clip = load_clip(checkpoint, processor, placement, reward="pickscore")
         self.scale = self.clip.model.logit_scale.float().exp().item() / divide_by
 
     @property
     def truncated(self) -> int:
-        """Prompts that were longer than the model reads, so far."""
+        """How many prompts so far were longer than the model reads."""
         return self.clip.prompts.truncated if self.clip.prompts else 0
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> list[float]:

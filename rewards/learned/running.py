@@ -1,4 +1,4 @@
-"""What all learned rewards share: where the model runs, prompts to token ids, images to what a model takes."""
+"""What the learned rewards share: where a model runs, and how prompts and images become its inputs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from rewards.hints import nearest
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-#: Of every CLIP of OpenAI and of LAION, and of BLIP: mean and standard deviation of red, green and blue.
+#: Mean and standard deviation of red, green and blue, for the CLIPs of OpenAI and LAION and for BLIP.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -27,12 +27,12 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class Placement:
     """Where and how a model runs.
 
-    device: ``None`` for this process's accelerator, settled at the first scoring, or the CPU. dtype: one of
-    :data:`DTYPES`. offload: the model stays in main memory and is on the device only while it scores. batch_size:
-    images at a time.
+    device: None for this process's accelerator, chosen at the first call, or the CPU. dtype: one of :data:`DTYPES`.
+    offload: keep the model in main memory, and move it to the device only while it scores. batch_size: images at a
+    time.
 
     Raises:
-        ValueError: naming the arg.
+        ValueError: naming the argument.
     """
 
     device: str | None = None
@@ -52,21 +52,21 @@ class Placement:
                 torch.empty(0, device=self.device)
             except (RuntimeError, AssertionError, TypeError) as error:
                 reason = str(error).split("\n")[0]
-                raise ValueError(f"device {self.device!r} is not to be had here: {reason}") from error
+                raise ValueError(f"device {self.device!r} is not available here: {reason}") from error
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
     def resolve(self) -> torch.device:
-        """The device, by the process's current accelerator where none was named."""
+        """Return the device, which is the process's current accelerator if none was named."""
         if self.device is not None:
             return torch.device(self.device)
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
     @contextmanager
     def running(self, *modules: nn.Module) -> Iterator[torch.device]:
-        """Modules on the device, without gradients; afterwards back in main memory, if they are to be offloaded."""
+        """Move modules to the device and disable gradients; afterwards offload them, if so configured."""
         device = self.resolve()
         for module in modules:
             module.to(device)
@@ -78,60 +78,66 @@ class Placement:
                 for module in modules:
                     module.to("cpu")
                 if device.type == "cuda":
-                    torch.cuda.empty_cache()  # the trainer beside it needs the memory
+                    torch.cuda.empty_cache()  # the trainer needs the memory
 
     def batches(self, total: int) -> Iterator[slice]:
+        """Yield slices of ``batch_size`` that cover ``total`` items."""
         for start in range(0, total, self.batch_size):
             yield slice(start, start + self.batch_size)
 
 
 class Prompts:
-    """Prompts to token ids, cut at a limit.
+    """A tokenizer that cuts prompts at a limit.
 
-    truncated: how many prompts were cut so far (those that are the same within one call count once); the first is
-    warned of. They are scored all the same, by their beginning.
+    truncated: how many prompts have been cut so far (equal ones within a call count once). They are scored by their
+    beginning; the first one is logged as a warning.
     """
 
     def __init__(
         self, tokenizer: Any, *, reward: str, limit: int, pad: int, vocabulary: int, clean: Callable[[str], str] = str
     ) -> None:
-        """`pad`: the id that fills up to the limit. `vocabulary`: the rows of the model's table of tokens.
+        """Wrap a tokenizer of transformers.
+
+        Args:
+            limit: tokens of a prompt that the model reads. pad: the id of the padding up to it. vocabulary: rows of the
+                model's token embedding. clean: applied to every prompt first.
 
         Raises:
-            ValueError: when the tokenizer has more tokens than the model.
+            ValueError: the tokenizer has more tokens than the model.
         """
         if len(tokenizer) > vocabulary:
             raise ValueError(
-                f"reward {reward!r}: the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens, and the model "
+                f"reward {reward!r}: the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens and the model "
                 f"{vocabulary}: they do not belong together"
             )
         self._tokenizer, self._clean, self._pad = tokenizer, clean, pad
         self._reward, self.limit, self.truncated = reward, limit, 0
 
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and mask (1 for a token, 0 for padding), both (N, limit) and int64.
+        """Return ids and mask (1 for a token, 0 for padding), both (N, limit) and int64.
 
         Raises:
-            TypeError: naming a prompt that is no text.
+            TypeError: naming a prompt that is not text.
         """
         for row, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise TypeError(f"prompt {row} is {type(prompt).__name__}, not text")
         ids = self._tokenizer([self._clean(p) for p in prompts], padding=False, truncation=False, verbose=False)
         rows = ids["input_ids"]
-        self._count({prompt: len(row) for prompt, row in zip(prompts, rows, strict=True) if len(row) > self.limit})
-        # The last token is the one that closes the text; it stays.
+        self._count_cut({prompt: len(row) for prompt, row in zip(prompts, rows, strict=True) if len(row) > self.limit})
+        # The last token, which marks the end of the text, is kept.
         rows = [row if len(row) <= self.limit else row[: self.limit - 1] + row[-1:] for row in rows]
         filled = [row + [self._pad] * (self.limit - len(row)) for row in rows]
         masks = [[1] * len(row) + [0] * (self.limit - len(row)) for row in rows]
         return torch.tensor(filled, dtype=torch.int64), torch.tensor(masks, dtype=torch.int64)
 
-    def _count(self, cut: Mapping[str, int]) -> None:
+    def _count_cut(self, cut: Mapping[str, int]) -> None:
+        """Count prompts that were cut, given with their lengths, and log the first one."""
         if cut and not self.truncated:
             prompt, length = next(iter(cut.items()))
-            _log.warning(
-                "reward %r reads %d tokens of a prompt and no more; this one has %d, and its end goes unread (said "
-                "once, counted in `truncated`): %.80r",
+            logger.warning(
+                "reward %r reads only %d tokens of a prompt; this one has %d and is cut (logged once, counted in "
+                "`truncated`): %.80r",
                 self._reward,
                 self.limit,
                 length,
@@ -143,16 +149,16 @@ class Prompts:
 def check_pairs(images: Sequence[Any], prompts: Sequence[Any]) -> None:
     """Raise ValueError unless there is one prompt for each image."""
     if len(images) != len(prompts):
-        raise ValueError(f"{len(images)} images and {len(prompts)} prompts: one prompt for each image is needed")
+        raise ValueError(f"{len(images)} images and {len(prompts)} prompts: every image needs one prompt")
 
 
-def without_ends(image: Image.Image, longest: int = 8) -> Image.Image:
-    """An image whose centre square will be taken, its ends cut off beyond `longest` times its short side.
+def crop_long_ends(image: Image.Image, max_aspect: int = 8) -> Image.Image:
+    """Crop the long side of an image to `max_aspect` times its short side, for models that use the centre square.
 
-    They would be scaled up with the rest and then thrown away: a line of 1 x 8000 pixels would take gigabytes.
+    Otherwise the ends would be enlarged with the rest and then thrown away: 1 x 8000 pixels would take gigabytes.
     """
     width, height = image.size
-    keep = longest * min(width, height)
+    keep = max_aspect * min(width, height)
     if max(width, height) <= keep:
         return image
     left, top = max(0, (width - keep) // 2), max(0, (height - keep) // 2)
@@ -160,22 +166,22 @@ def without_ends(image: Image.Image, longest: int = 8) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as float32 (3, height, width) in [0, 1]."""
+    """Convert an RGB image to float32 (3, height, width) in [0, 1]."""
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return flat.view(image.height, image.width, 3).permute(2, 0, 1).float().div_(255)
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """Pixels (3, height, width) in [0, 1] less CLIP's mean, by its standard deviation."""
+    """Subtract CLIP's mean from pixels (3, height, width) in [0, 1], and divide by its standard deviation."""
     mean, std = torch.tensor(CLIP_MEAN)[:, None, None], torch.tensor(CLIP_STD)[:, None, None]
     return (pixels - mean) / std
 
 
 class LinearStack(nn.Module):
-    """Linear layers one upon the other, with nothing between: the head of ImageReward and of LAION's predictor.
+    """Linear layers in sequence: the head of ImageReward and of LAION's predictor, neither of which has activations.
 
-    Both were written without activations, and their dropout is idle here. State-dict keys are ``layers.N.weight`` and
-    ``layers.N.bias``, N counting the dropout layers too; sizes are read from a state dict.
+    Sizes are taken from a state dict with the keys ``layers.N.weight`` and ``layers.N.bias``, where N also counts the
+    dropout layers, which have no effect here.
     """
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ import torch
 def write_hpsv2(folder: Path) -> dict:
     from rewards.learned import package_hpsv2
 
-    package_hpsv2._give_vocabulary()
+    package_hpsv2._install_vocabulary()
     from hpsv2.src.open_clip import create_model_and_transforms, tokenizer
 
     model = create_model_and_transforms("ViT-H-14", None, precision="amp", device="cpu", output_dict=True)[0]

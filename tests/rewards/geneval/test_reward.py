@@ -170,24 +170,24 @@ def test_metadata_may_be_json_or_a_table_with_none_and_any_name_of_a_class():
 @pytest.mark.parametrize(
     ("tag", "include", "exclude", "found"),
     [
-        ("color", [wants("dog")], None, "row 7: unknown tag 'color'; did you mean 'colors'"),
-        ("colors", [wants("dogg")], None, "row 7: unknown class 'dogg'; did you mean 'dog'"),
-        ("colors", [wants("dog", color="grey")], None, "row 7: unknown color 'grey'; did you mean 'green'"),
-        ("colors", [wants("dog", color="zzz")], None, "there are: red, orange"),
+        ("color", [wants("dog")], None, "row 7: unknown tag 'color'. Did you mean 'colors'"),
+        ("colors", [wants("dogg")], None, "row 7: unknown class 'dogg'. Did you mean 'dog'"),
+        ("colors", [wants("dog", color="grey")], None, "row 7: unknown color 'grey'. Did you mean 'green'"),
+        ("colors", [wants("dog", color="zzz")], None, "There are: black, blue"),
         ("position", [wants("dog", position=["left of", 0])], None, "index of an earlier entry"),
         ("position", [wants("dog"), wants("car", position="left of")], None, "index of an earlier entry"),
         (
             "position",
             [wants("dog"), wants("car", position=["left", 0])],
             None,
-            "relation 'left'; did you mean 'left of'",
+            "relation 'left'. Did you mean 'left of'",
         ),
         ("counting", [wants("dog", 0)], None, "count of 'dog' must be 1 or more, found 0"),
         ("counting", [wants("dog", "2")], None, "must be 1 or more, found '2'"),
         ("counting", [{"class": "dog"}], None, "not a mapping with class and count"),
-        ("counting", ["dog"], None, "include holds 'dog', not a mapping"),
+        ("counting", ["dog"], None, "include contains 'dog', not a mapping"),
         ("counting", [wants("dog")], [wants("cat")], "unknown class 'cat'"),
-        ("counting", "[{", None, "include is no JSON"),
+        ("counting", "[{", None, "include is not JSON"),
         ("counting", [], None, "include is empty"),
         ("counting", None, None, "include is empty"),
     ],
@@ -364,7 +364,7 @@ def test_images_of_any_size_and_mode_are_scored(folders, dtype):
 @pytest.mark.parametrize(
     ("args", "found"),
     [
-        ({"mode": "hard"}, "mode is one of strict, soft, found 'hard'"),
+        ({"mode": "hard"}, "mode must be one of strict, soft, found 'hard'"),
         ({"dtype": "float8"}, "unknown dtype 'float8'. Did you mean 'float32'"),
         ({"batch_size": 0}, "batch_size must be a positive integer, found 0"),
     ],
@@ -390,7 +390,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(folders, tmp_path, part, we
     del state[weight]
     save_file(state, tmp_path / part / "model.safetensors", metadata={"format": "pt"})
     lacking = {name: str(folders[name]) for name in ("person", "clip")} | {part: str(tmp_path / part)}
-    with pytest.raises(ValueError, match=rf"is no checkpoint of the reward 'geneval'; missing: {weight}"):
+    with pytest.raises(ValueError, match=rf"is not a checkpoint of the reward 'geneval'; missing: {weight}"):
         GenEval(detector=lacking["person"], clip=lacking["clip"])
 
 
@@ -398,5 +398,5 @@ def test_a_bad_row_fails_the_call_with_its_number(folders):
     scores, failures = score(load(folders), [picture()], [""], {"tag": ["colors"], "include": [[wants("dog")]]})
     assert (
         np.isnan(scores[0][0])
-        and "row 0: unknown class 'dog'; there are: person, bicycle, couch" in failures["geneval"]
+        and "row 0: unknown class 'dog'. There are: bicycle, couch, person." in failures["geneval"]
     )

@@ -14,7 +14,8 @@ from starlette.responses import JSONResponse, PlainTextResponse
 
 from rewards import load_rewards, score
 from rewards.judge.templates import TEMPLATES, load_template
-from rewards.judge.vlm import VlmJudge, _retry_after
+from rewards.judge.vlm import VlmJudge
+from rewards.remote.headers import retry_after
 
 KEY = "sk-a-secret-that-no-log-may-show"
 
@@ -182,9 +183,9 @@ def test_a_server_that_is_busy_is_given_the_time_it_asks_for():
 
 
 def test_retry_after_is_seconds_or_a_date_and_bounded():
-    assert _retry_after("2.5") == 2.5 and _retry_after("-3") == 0.0 and _retry_after("9999") == 60.0
-    assert 5 < _retry_after(formatdate(time() + 10, usegmt=True)) <= 10
-    assert _retry_after(None) is None and _retry_after("soon") is None and _retry_after("nan") is None
+    assert [retry_after(value, 60.0) for value in ("2.5", "-3", "9999")] == [2.5, 0.0, 60.0]
+    assert 5 < retry_after(formatdate(time() + 10, usegmt=True), 60.0) <= 10
+    assert [retry_after(value, 60.0) for value in (None, "soon", "nan")] == [None, None, None]
 
 
 @pytest.mark.parametrize("how", ["hang", "trickle"])
@@ -216,9 +217,9 @@ def test_more_unanswered_images_than_may_be_fail_the_call_so_that_the_run_counts
         (failing(401), "answered 401"),
         (failing(404), "answered 404"),
         (failing(500), "500 Internal Server Error"),
-        (PlainTextResponse("<html>a gateway</html>"), "no chat completion: '<html>"),
-        (JSONResponse({"choices": []}), "no chat completion"),
-        (JSONResponse([1]), "no chat completion"),
+        (PlainTextResponse("<html>a gateway</html>"), "not answer with a chat completion: '<html>"),
+        (JSONResponse({"choices": []}), "not answer with a chat completion"),
+        (JSONResponse([1]), "not answer with a chat completion"),
         (PlainTextResponse("", status_code=307, headers={"Location": "http://127.0.0.1:9/v1"}), "answered 307"),
     ],
 )
@@ -283,7 +284,7 @@ def test_a_template_file_that_will_not_do_is_refused(tmp_path, content, found):
         ({"parts": ["Beauty"]}, ValueError, "parts must be some of Score, found"),
         ({"parts": []}, ValueError, "parts must be some of Score"),
         ({"base_url": "localhost:8000"}, ValueError, "base_url must be http"),
-        ({"base_url": "http://me:secret@host/v1"}, ValueError, "base_url holds a user name or password"),
+        ({"base_url": "http://me:secret@host/v1"}, ValueError, "base_url contains a user name or password"),
         ({"timeout": 0}, ValueError, "timeout must be above 0"),
         ({"retries": -1}, ValueError, "retries 0 or more"),
         ({"concurrency": 0}, ValueError, "concurrency, max_side and max_tokens 1 or more"),
@@ -298,6 +299,6 @@ def test_wrong_arguments_are_refused(args, error, found):
 
 def test_a_broken_key_is_refused_without_being_shown(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\nsecond line")
-    with pytest.raises(ValueError, match="OPENAI_API_KEY holds characters that no key has") as caught:
+    with pytest.raises(ValueError, match="OPENAI_API_KEY contains characters other than printable ASCII") as caught:
         VlmJudge("m", "http://localhost/v1")
     assert KEY not in str(caught.value)

@@ -35,7 +35,7 @@ def test_the_spec_of_a_package_names_its_factory_and_its_requirements():
         assert {"torch", "torchvision", "transformers"} <= {
             line.partition("==")[0] for line in file.read_text().split()
         }
-    with pytest.raises(ValueError, match=r"'ocr' has no backend 'package'\. Those that have: hpsv2, imagereward"):
+    with pytest.raises(ValueError, match=r"'ocr' has no backend 'package'\. Rewards with one: hpsv2, imagereward"):
         package_spec("ocr", {})
     with pytest.raises(
         ValueError, match=r"'package' of hpsv2 takes no arg 'batch_size'\. It takes: version, checkpoint"

@@ -163,7 +163,7 @@ def test_a_long_prompt_is_scored_by_its_beginning_warned_of_once_and_counted(wor
     assert scores[0] == pytest.approx(scores[1], abs=1e-5) and abs(scores[0] - scores[2]) > 1e-4
     limit = 35 if name == "imagereward" else 77
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 1 and f"reward '{name}' reads {limit} tokens" in said[0] and "this one has 123" in said[0]
+    assert len(said) == 1 and f"reward '{name}' reads only {limit} tokens" in said[0] and "this one has 123" in said[0]
     assert reward.truncated == 3
 
 

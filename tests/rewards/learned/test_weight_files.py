@@ -28,16 +28,16 @@ def test_a_checkpoint_that_is_not_here_says_what_to_get_and_where_to_put_it(name
 
 
 BAD = [
-    ("hpsv2", {"checkpoint": "none.pt"}, FileNotFoundError, ["checkpoint 'none.pt' is no file", "owner/name:file"]),
-    ("hpsv2", {"checkpoint": "clip"}, FileNotFoundError, ["holds no HPS_v2.1_compressed.pt", "merges.txt"]),
-    ("hpsv2", {"tokenizer": "nowhere"}, FileNotFoundError, ["tokenizer 'nowhere' is no folder"]),
+    ("hpsv2", {"checkpoint": "none.pt"}, FileNotFoundError, ["checkpoint 'none.pt' is not a file", "owner/name:file"]),
+    ("hpsv2", {"checkpoint": "clip"}, FileNotFoundError, ["is a folder without HPS_v2.1_compressed.pt", "merges.txt"]),
+    ("hpsv2", {"tokenizer": "nowhere"}, FileNotFoundError, ["tokenizer 'nowhere' is not a folder"]),
     ("hpsv2", {"version": "v3"}, ValueError, ["unknown version 'v3'", "v2.0, v2.1"]),
     ("hpsv2", {"backend": "onnx"}, ValueError, ["unknown backend 'onnx' of hpsv2", "native, package"]),
     (
         "hpsv2",
         {"checkpoint": "ImageReward.pt"},
         ValueError,
-        ["no checkpoint of the reward 'hpsv2'", "missing", "blip."],
+        ["not a checkpoint of the reward 'hpsv2'", "missing", "blip."],
     ),
     ("hpsv2", {"checkpoint": "short.pt"}, ValueError, ["missing: text_model.encoder.layers.1.layer_norm1.bias"]),
     ("hpsv2", {"checkpoint": "long.pt"}, ValueError, ["unexpected: visual.extra.weight"]),
@@ -49,8 +49,8 @@ BAD = [
     ),
     ("hpsv2", {"checkpoint": "text.pt"}, ValueError, ["text.pt was refused", "allow_pickle: true"]),
     ("hpsv2", {"checkpoint": "pointer.pt"}, ValueError, ["pointer.pt is a git-lfs pointer"]),
-    ("hpsv2", {"checkpoint": "list.pt"}, ValueError, ["list.pt holds a list, not tensors by name"]),
-    ("hpsv2", {"checkpoint": "cut.pt"}, ValueError, ["cut.pt is no checkpoint that torch can read"]),
+    ("hpsv2", {"checkpoint": "list.pt"}, ValueError, ["list.pt contains a list, not tensors by name"]),
+    ("hpsv2", {"checkpoint": "cut.pt"}, ValueError, ["cut.pt is not a checkpoint that torch can read"]),
     ("hpsv2", {"tokenizer": "bigger"}, ValueError, ["they do not belong together"]),
     (
         "imagereward",
@@ -60,14 +60,14 @@ BAD = [
     ),
     ("imagereward", {"dtype": "float23"}, ValueError, ["unknown dtype 'float23'. Did you mean 'float32'?"]),
     ("clipscore", {"checkpoint": "bert"}, FileNotFoundError, ["bert has no config (config.json)"]),
-    ("clipscore", {"checkpoint": "half"}, ValueError, ["half is no checkpoint", "missing: text_projection.weight"]),
-    ("clipscore", {"checkpoint": "other"}, ValueError, ["other is no checkpoint", "of another shape"]),
+    ("clipscore", {"checkpoint": "half"}, ValueError, ["half is not a checkpoint", "missing: text_projection.weight"]),
+    ("clipscore", {"checkpoint": "other"}, ValueError, ["other is not a checkpoint", "of another shape"]),
     ("clipscore", {"batch_size": 0}, ValueError, ["batch_size must be a positive integer, found 0"]),
-    ("clipscore", {"device": "cuda:77"}, ValueError, ["device 'cuda:77' is not to be had here"]),
+    ("clipscore", {"device": "cuda:77"}, ValueError, ["device 'cuda:77' is not available here"]),
     ("clipscore", {"offload": "no"}, ValueError, ["offload must be true or false"]),
     ("pickscore", {"divide_by": 0}, ValueError, ["divide_by must be a positive number"]),
     ("aesthetic", {"head": "ImageReward.pt"}, ValueError, ["of the reward 'aesthetic'", "missing: layers.0.weight"]),
-    ("aesthetic", {"head": "wide.pth"}, ValueError, ["reads embeddings of 21", "are 20"]),
+    ("aesthetic", {"head": "wide.pth"}, ValueError, ["needs embeddings of width 21", "gives 20"]),
 ]
 
 
