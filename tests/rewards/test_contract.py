@@ -39,10 +39,10 @@ def test_the_contract_imports_nothing_from_where_rewards_run():
 def test_a_reward_that_runs_elsewhere_checks_the_values_of_the_columns_that_it_takes():
     reward = Reward("there", Elsewhere(), 1.0, ("level",), ())
     reward.check_row({"prompt": "p", "level": 3, "other": datetime(2026, 1, 1)})
-    with pytest.raises(ValueError, match="cannot send {'level': 'x'}"):
+    with pytest.raises(ValueError, match=r"cannot send \{'level': 'x'\}"):
         reward.check_row({"prompt": "p", "level": "x"})
     everything = Reward("there", Elsewhere(), 1.0, None, ())
-    with pytest.raises(ValueError, match="cannot send {'other': None}"):
+    with pytest.raises(ValueError, match=r"cannot send \{'other': None\}"):
         everything.check_row({"prompt": "p", "other": None})
     reward.close()
     assert reward.function.closed
