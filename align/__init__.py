@@ -1,7 +1,7 @@
-"""Post-training for flow-matching image models: GRPO on Qwen-Image and models like it.
+"""Post-training for flow-matching image models: SFT, DPO, GRPO and DiffusionNFT on Qwen-Image and models like it.
 
-Floors, each importing only from below: ``flow``, ``losses``, ``advantages`` (the maths) < ``models`` <
-``rollout``, ``trainer`` < ``grpo``. Importing this package loads nothing heavy.
+Rooms, each importing from the floors below it: doors (the files here) > ``cli`` > ``online`` | ``offline`` > ``engine`` >
+``sampling`` > ``models`` > ``tiny`` | ``maths`` | ``parallel``. Importing this package loads nothing heavy.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

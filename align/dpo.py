@@ -15,23 +15,23 @@ Deviations from the report:
 - noise levels are logit-normal and shifted, as in SFT; the report does not say how it draws them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from align.cli.data import PreferenceDataArguments
-from align.cli.launch import run_on_images
+from align.cli.images import PreferenceDataArguments
+from align.cli.launch import run
 from align.engine.matching import MatchingBatch, matching_errors
-from align.engine.metrics import RunMetrics
-from align.engine.settings import FlowConfig, setting
-from align.engine.trainer import FlowTrainer
-from align.maths.losses import DPOLoss, DPOLossType, dpo_loss
+from align.engine.settings import setting
+from align.maths.losses import DPOLoss, DPOLossType, LossResult, dpo_loss
+from align.models.contract import FlowModel, Request
 from align.offline.examples import Drawn, draw_batch
-from align.offline.settings import MatchingConfig
-from align.offline.trainer import MatchingTrainer
+from align.offline.settings import OfflineConfig
+from align.offline.trainer import OfflineTrainer
 from align.sampling.held_out import standard_error
 from preference_data.images import ImageSource
 from preference_data.schemas import Pair
@@ -41,86 +41,100 @@ SIGMA_BINS = 4
 
 
 @dataclass
-class DPOSettings(FlowConfig):
+class DPOSettings:
     """The objective of DPO, whatever the pairs come from."""
 
     beta: float = setting(
         2000.0,
         "How strongly the policy is held to the reference, on errors that are means over latent dimensions "
         "(Diffusion-DPO's 2000 to 5000); for errors that are sums divide by tokens x channels.",
+        above=0,
     )
     loss_type: DPOLossType = setting("sigmoid", "sigmoid (DPO), hinge (SLiC) or ipo.")
     label_smoothing: float = setting(0.0, "Share of pairs believed to be labelled wrongly (cDPO), in [0, 0.5).")
-    sft_weight: float = setting(0.0, "Weight of the flow-matching loss of the chosen image, added to the loss.")
+    sft_weight: float = setting(
+        0.0, "Weight of the flow-matching loss of the chosen image, added to the loss.", least=0
+    )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_choices(loss_type=DPOLossType)
-        self.check_positive("beta")
-        self.check_least("sft_weight", 0)
+    def check_objective(self) -> None:
+        """Raise ValueError for a label smoothing that means nothing."""
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must lie in [0, 0.5), found {self.label_smoothing}")
         if self.label_smoothing and self.loss_type != "sigmoid":
             raise ValueError(f"label_smoothing belongs to loss_type sigmoid, found loss_type {self.loss_type}")
 
+
+@dataclass
+class DPOConfig(DPOSettings, OfflineConfig):
+    """Arguments of :class:`DPOTrainer`. ``per_device_train_batch_size`` counts pairs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_objective()
+
     def keeps_reference(self) -> bool:
         return True
 
 
-@dataclass
-class DPOConfig(DPOSettings, MatchingConfig):
-    """Arguments of :class:`DPOTrainer`. ``per_device_train_batch_size`` counts pairs."""
+def dpo_errors(
+    model: FlowModel, batch: MatchingBatch, policy: torch.nn.Module, autocast: Callable[[], AbstractContextManager[Any]]
+) -> tuple[Tensor, Tensor]:
+    """Return the (P, 2) errors of chosen and rejected image: the policy's, with gradient, and the reference's.
 
-
-def dpo_errors(trainer: FlowTrainer, batch: MatchingBatch, model: torch.nn.Module) -> tuple[Tensor, Tensor]:
-    """(P, 2) errors of chosen and rejected image: the policy's, with gradient, and the reference's."""
+    ``policy``: the launcher's wrapper of the transformer. ``autocast``: the launcher's context for half precision.
+    """
     # A frozen copy was made before the launcher wrapped the model in its autocast: give it the same.
-    with torch.no_grad(), trainer.accelerator.autocast(), trainer.flow.reference(model) as reference:
-        errors_ref = matching_errors(trainer.flow, batch, reference)
-    trainer.count_forwards(errors_ref.numel(), trained=False)
-    return matching_errors(trainer.flow, batch, model), errors_ref
+    with torch.no_grad(), autocast(), model.reference(policy) as reference:
+        errors_ref = matching_errors(model, batch, reference)
+    return matching_errors(model, batch, policy), errors_ref
 
 
-def compare(args: DPOSettings, errors: Tensor, errors_ref: Tensor) -> DPOLoss:
-    """The preference loss of (P, 2) errors of chosen and rejected image, under the policy and under the reference."""
+def compare(settings: DPOSettings, errors: Tensor, errors_ref: Tensor) -> DPOLoss:
+    """Return the preference loss of (P, 2) errors of chosen and rejected image, under policy and reference."""
     chosen, rejected = errors.unbind(1)
     chosen_ref, rejected_ref = errors_ref.unbind(1)
-    return dpo_loss(chosen, rejected, chosen_ref, rejected_ref, args.beta, args.loss_type, args.label_smoothing)
-
-
-def dpo_objective(trainer: FlowTrainer, args: DPOSettings, batch: MatchingBatch, model: torch.nn.Module) -> Tensor:
-    """(P,) report eq. 3, and ``sft_weight`` times eq. 2 of the chosen image, of every pair; logs what they are made of."""
-    errors, errors_ref = dpo_errors(trainer, batch, model)
-    trainer.count_forwards(errors.numel(), trained=True)
-    result = compare(args, errors, errors_ref)
-    record_pairs(trainer.metrics, result, errors.detach(), errors_ref, batch.sigma)
-    return result.loss + args.sft_weight * errors[:, 0]
-
-
-def record_pairs(metrics: RunMetrics, result: DPOLoss, errors: Tensor, errors_ref: Tensor, sigma: Tensor) -> None:
-    """Log implicit rewards, their accuracy, by noise level too, and how well the chosen images are still fitted."""
-    metrics.record(
-        **{
-            "rewards/chosen": result.chosen_reward.mean().item(),
-            "rewards/rejected": result.rejected_reward.mean().item(),
-            "rewards/margins": (result.chosen_reward - result.rejected_reward).mean().item(),
-            "rewards/accuracies": result.accuracy.mean().item(),
-            # Above 1 the policy fits even the chosen images worse than the reference did: damage.
-            "chosen_error_to_reference": (errors[:, 0] / errors_ref[:, 0]).mean().item(),
-        }
+    return dpo_loss(
+        chosen, rejected, chosen_ref, rejected_ref, settings.beta, settings.loss_type, settings.label_smoothing
     )
+
+
+def dpo_objective(
+    errors: Tensor, errors_ref: Tensor, sigma: Tensor, settings: DPOSettings, count: int | None = None
+) -> LossResult:
+    """Return the mean over pairs of report eq. 3, plus ``sft_weight`` times eq. 2 of the chosen image.
+
+    Args:
+        errors, errors_ref: (P, 2) of chosen and rejected image, the policy's with gradient and the reference's.
+        sigma: (P,) noise level of each pair, for the log.
+        count: pairs there would be, by which the sum is divided; P by default.
+
+    The metrics are the implicit rewards, their accuracy, by noise level too, and how well the chosen images are still
+    fitted.
+    """
+    result = compare(settings, errors, errors_ref)
+    loss = result.loss + settings.sft_weight * errors[:, 0]
+    metrics: dict[str, float | list[float]] = {
+        "rewards/chosen": result.chosen_reward.mean().item(),
+        "rewards/rejected": result.rejected_reward.mean().item(),
+        "rewards/margins": (result.chosen_reward - result.rejected_reward).mean().item(),
+        "rewards/accuracies": result.accuracy.mean().item(),
+        # Above 1 the policy fits even the chosen images worse than the reference did: damage.
+        "chosen_error_to_reference": (errors[:, 0].detach() / errors_ref[:, 0]).mean().item(),
+    }
     bins = (sigma * SIGMA_BINS).long().clamp(max=SIGMA_BINS - 1)
-    # One value a pair: logs show the mean over pairs, however many of them a micro-batch or a process had.
-    for part, accuracy in zip(bins.tolist(), result.accuracy.tolist(), strict=True):
-        metrics.record(**{f"accuracy_sigma_{part / SIGMA_BINS:.2f}-{(part + 1) / SIGMA_BINS:.2f}": accuracy})
+    # A value for each pair: logs show the mean over pairs, however many of them a micro-batch or a process had.
+    for number in bins.unique().tolist():
+        name = f"accuracy_sigma_{number / SIGMA_BINS:.2f}-{(number + 1) / SIGMA_BINS:.2f}"
+        metrics[name] = result.accuracy[bins == number].tolist()
+    return LossResult(loss.mean() if count is None else loss.sum() / count, metrics)
 
 
-class DPOTrainer(MatchingTrainer):
+class DPOTrainer(OfflineTrainer):
     """Direct preference optimisation on pairs of images.
 
     Args:
-        model: what is trained, see :class:`align.models.contract.FlowModel`, or the name of a Qwen-Image. Its present
-            weights, an adapter already loaded included, are the reference.
+        model: what is trained, see :class:`align.models.contract.FlowModel`, its name, or a deferred one. Its
+            present weights, an adapter already loaded included, are the reference.
         args: see :class:`DPOConfig`.
         train_dataset: pairs, as ``preference_data.pairs.build_pairs`` gives them.
         eval_dataset: the same, held out; logged as ``eval_loss`` and ``eval_accuracy``.
@@ -139,25 +153,24 @@ class DPOTrainer(MatchingTrainer):
         super().__init__(*args, **kwargs)
         self.flow.keep_reference()
 
-    def images_of(self, record: Pair) -> tuple[str, list[ImageSource]]:
-        return record.prompt, [record.chosen, record.rejected]
+    def images_of(self, record: Pair) -> tuple[Request, list[ImageSource]]:
+        return Request(record.prompt), [record.chosen, record.rejected]
 
     def _prepare_inputs(self, inputs: Sequence[Drawn]) -> MatchingBatch:
         with self.metrics.timed("data"):
             return draw_batch(inputs, self.store, self.args, self.accelerator.device)
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: MatchingBatch,
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Tensor:
-        """The mean of :func:`dpo_objective` over the batch's pairs."""
-        return dpo_objective(self, self.args, inputs, model).mean()
+    def loss(self, model: torch.nn.Module, batch: MatchingBatch) -> LossResult:
+        """Return :func:`dpo_objective` of the batch's pairs."""
+        errors, errors_ref = dpo_errors(self.flow, batch, model, self.accelerator.autocast)
+        self.count_forwards(errors_ref.numel(), trained=False)
+        self.count_forwards(errors.numel(), trained=True)
+        return dpo_objective(errors, errors_ref, batch.sigma, self.args)
 
     def held_out_errors(self, batch: MatchingBatch) -> Tensor:
-        return torch.cat(dpo_errors(self, batch, self.model_wrapped), 1)
+        errors, errors_ref = dpo_errors(self.flow, batch, self.model_wrapped, self.accelerator.autocast)
+        self.count_forwards(errors_ref.numel(), trained=False)
+        return torch.cat([errors, errors_ref], 1)
 
     def held_out_summary(self, values: Tensor, prefix: str) -> dict[str, float]:
         pairs, levels, _ = values.shape
@@ -182,11 +195,11 @@ class DPOTrainer(MatchingTrainer):
 
 def main(argv: list[str] | None = None) -> None:
     """Train from a config."""
-    run_on_images(PreferenceDataArguments, DPOConfig, DPOTrainer, argv)
+    run(PreferenceDataArguments, DPOConfig, DPOTrainer, argv)
 
 
 if __name__ == "__main__":
     # Run by path this file is `__main__`; its classes must be known by their own module's name in what is saved.
-    from align.dpo import main as run
+    from align.dpo import main as by_name
 
-    run()
+    by_name()

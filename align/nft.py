@@ -39,17 +39,17 @@ import torch
 from torch import Tensor
 
 from align.cli.data import DataArguments
-from align.cli.launch import run_on_groups
+from align.cli.launch import run
 from align.engine.matching import NoiseLevels
 from align.engine.settings import setting
-from align.engine.weights import HeldWeights
+from align.engine.weights import WeightCopy
 from align.maths.flow import Solver, add_noise, velocity_target
-from align.maths.losses import flow_matching_loss, nft_loss
+from align.maths.losses import LossResult, flow_matching_loss, nft_loss
 from align.online.buffers import PointBatch, PointBuffer
 from align.online.settings import AdvantageConfig
-from align.online.trainer import GroupTrainer
+from align.online.trainer import OnlineTrainer
 from align.sampling.noise import seeded_generator, seeded_noise
-from align.sampling.rollout import SamplingPlan, velocity_fn
+from align.sampling.rollout import SamplingPlan
 from preference_data.buckets import Bucket
 
 TrainSigmas = Literal["schedule", "logit_normal"]
@@ -65,37 +65,44 @@ class NFTConfig(NoiseLevels, AdvantageConfig):
     ``per_device_train_batch_size`` counts points: (image, noise level) pairs of one forward and backward.
     """
 
-    num_inference_steps: int = setting(10, "Denoising steps of a rollout.")
-    solver: Solver = setting("euler", "Of the rollout's ODE: euler, or ab2, of second order at no more forwards.")
+    num_inference_steps: int = setting(10, "Denoising steps of a rollout.", fixed_on_resume=True, least=2)
+    solver: Solver = setting(
+        "euler", "Of the rollout's ODE: euler, or ab2, of second order at no more forwards.", fixed_on_resume=True
+    )
 
     # The sampling policy.
     sampling_decay_rate: float = setting(
         0.001,
         "Before rollout i the sampling policy keeps the share min(rate x i, max) of itself. 0: it is the trained one.",
+        fixed_on_resume=True,
+        least=0,
     )
-    sampling_decay_max: float = setting(0.5, "See sampling_decay_rate.")
+    sampling_decay_max: float = setting(0.5, "See sampling_decay_rate.", fixed_on_resume=True)
 
     # Objective.
-    nft_beta: float = setting(1.0, "The paper's beta: how far the implicit policies lie from the sampling one.")
-    beta: float = setting(0.0, "Weight of the squared distance to the reference's velocity. 0 runs no reference.")
+    nft_beta: float = setting(
+        1.0, "The paper's beta: how far the implicit policies lie from the sampling one.", above=0
+    )
+    beta: float = setting(
+        0.0, "Weight of the squared distance to the reference's velocity. 0 runs no reference.", least=0
+    )
     adaptive_weighting: bool = setting(True, "Divide each squared error by its image's mean absolute error.")
     train_sigmas: TrainSigmas = setting(
         "schedule",
         "Noise levels trained at: schedule, those of the rollout's steps; or logit_normal (logit_mean, _std).",
+        fixed_on_resume=True,
     )
     num_train_sigmas: int | None = setting(
-        None, "Noise levels an image is trained at, all different. Default: as many as there are denoising steps."
+        None,
+        "Noise levels an image is trained at, all different. Default: as many as there are denoising steps.",
+        fixed_on_resume=True,
+        least=1,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choices(solver=Solver, train_sigmas=TrainSigmas)
-        self.check_positive("nft_beta")
-        self.check_least("beta", 0)
-        self.check_least("sampling_decay_rate", 0)
         if not 0 <= self.sampling_decay_max < 1:
             raise ValueError(f"sampling_decay_max must lie in [0, 1), found {self.sampling_decay_max}")
-        self.check_least("num_train_sigmas", 1)
         if self.train_sigmas == "schedule" and self.points_per_image > self.num_inference_steps:
             raise ValueError(
                 f"num_train_sigmas {self.num_train_sigmas} is more than the schedule's {self.num_inference_steps} noise "
@@ -115,20 +122,12 @@ class NFTConfig(NoiseLevels, AdvantageConfig):
     def keeps_reference(self) -> bool:
         return self.beta > 0
 
-    def whole_copy(self) -> str | None:
-        remembered = f"sampling_decay_rate {self.sampling_decay_rate}" if self.remembers else None
-        return super().whole_copy() or remembered
+    def full_copy(self) -> str | None:
+        sampling_policy = f"sampling_decay_rate {self.sampling_decay_rate}" if self.remembers else None
+        return super().full_copy() or sampling_policy
 
-    def plan(self, update: int) -> SamplingPlan:
-        return replace(super().plan(update), solver=self.solver)
-
-    def dealing(self) -> dict[str, Any]:
-        names = (
-            *("seed", "data_seed", "num_generations", "generation_batch_size", "num_iterations", "height", "width"),
-            *("num_inference_steps", "guidance_scale", "negative_prompt", "solver", "train_sigmas", "num_train_sigmas"),
-            *("logit_mean", "logit_std", "sampling_decay_rate", "sampling_decay_max"),
-        )
-        return super().dealing() | {name: getattr(self, name) for name in names}
+    def plan(self, rollout_index: int) -> SamplingPlan:
+        return replace(super().plan(rollout_index), solver=self.solver)
 
     # -- how a rollout becomes optimizer updates --------------------------------------------------------------------
 
@@ -153,11 +152,11 @@ class NFTConfig(NoiseLevels, AdvantageConfig):
         return self.micro_batches_per_rollout(world_size) == self.gradient_accumulation_steps
 
 
-class NFTTrainer(GroupTrainer):
+class NFTTrainer(OnlineTrainer):
     """Online reinforcement of a flow model on its forward process.
 
     Args:
-        args: see :class:`NFTConfig`. All others, and what is raised: see :class:`align.online.trainer.GroupTrainer`.
+        args: see :class:`NFTConfig`. All others, and what is raised: see :class:`align.online.trainer.OnlineTrainer`.
     """
 
     args: NFTConfig
@@ -168,130 +167,109 @@ class NFTTrainer(GroupTrainer):
         super().__init__(*args, **kwargs)
         if self.args.beta > 0:
             self.flow.keep_reference()
-        self._old: HeldWeights | None = None  # the sampling policy's weights, where they are others than the trained
+        self._old: WeightCopy | None = None  # the sampling policy's weights, where they are others than the trained
 
     # -- 1 and 2: sample, score, compare, noise ---------------------------------------------------------------------
 
-    def generate(self, rows: list[dict[str, Any]], update: int) -> PointBuffer:
+    def collect(self, rows: list[dict[str, Any]], rollout_index: int) -> PointBuffer:
         args = self.args
-        self._follow(update)
+        self._follow(rollout_index)
         with self._sampling_policy():
-            result, rewards, weights = self.sample(rows, update)
+            drawn, rewards, weights = self.sample(rows, rollout_index)
             group = args.advantages(rewards, weights)
             self.record_rewards(rewards, group.rewards, group.dead_groups)
-            first, device = args.process_index * len(rows), result.latents.device
+            first, device = args.process_index * len(rows), drawn.latents.device
             optimality = 0.5 + group.advantages / (2 * args.advantage_clip)
-            buffer = PointBuffer(
-                latents=result.latents,
-                sigma=self._draw_sigma(first, len(rows), update).to(device),
+            buffer = self.image_buffer(
+                rows,
+                group.live,
+                rollout_index,
+                latents=drawn.latents,
+                sigma=self._draw_sigma(first, len(rows), rollout_index).to(device),
                 optimality=optimality[first : first + len(rows)].to(device),
-                prompts=[row["prompt"] for row in rows],
-                live=group.live,
-                first=first,
-                update=update,
-                seed=args.seed,
-                **self.parts(),
             )
             if args.remembers or not args.one_update(args.world_size):
                 with self.metrics.timed("rollout"):
                     buffer.old_velocity = self._old_velocity(buffer)
         return buffer
 
-    def _follow(self, update: int) -> None:
-        """The sampling policy before a rollout: eta of itself and 1 - eta of the trained one."""
+    def _follow(self, rollout_index: int) -> None:
+        """Move the sampling policy before a rollout: eta of itself and 1 - eta of the trained one."""
         if not self.args.remembers:
             return
         if self._old is None:
-            self._old = HeldWeights(self.model)
-        eta = min(self.args.sampling_decay_rate * update, self.args.sampling_decay_max)
+            self._old = WeightCopy(self.model)
+        eta = min(self.args.sampling_decay_rate * rollout_index, self.args.sampling_decay_max)
         self._old.follow(eta)
         self.metrics.record(sampling_decay=eta)
 
     def _sampling_policy(self) -> AbstractContextManager[None]:
         return nullcontext() if self._old is None else self._old.applied()
 
-    def _draw_sigma(self, first: int, images: int, update: int) -> Tensor:
-        """(K * images,) noise levels of the rollout's images from ``first`` on, keyed by their place in the run."""
+    def _draw_sigma(self, first: int, images: int, rollout_index: int) -> Tensor:
+        """Draw (K * images,) noise levels of the rollout's images from ``first`` on, keyed by their place in the run."""
         args, levels = self.args, self.args.points_per_image
         numbers = range(first, first + images)
         if args.train_sigmas == "logit_normal":
             places = [(level, image) for level in range(levels) for image in numbers]
-            streams = [seeded_generator((args.seed, update, "sigma", image, level)) for level, image in places]
+            streams = [seeded_generator((args.seed, rollout_index, "sigma", image, level)) for level, image in places]
             return args.draw_sigma(streams, self.flow, Bucket(args.height, args.width))
         schedule = self.flow.sigmas(args.num_inference_steps, args.height, args.width)[:-1].cpu()
-        orders = [seeded_noise((args.seed, update, "sigma", image), (len(schedule),)).argsort() for image in numbers]
+        shape = (len(schedule),)
+        orders = [seeded_noise((args.seed, rollout_index, "sigma", image), shape).argsort() for image in numbers]
         return schedule[torch.stack(orders, 1)[:levels]].flatten()
 
     @torch.no_grad()
     def _old_velocity(self, buffer: PointBuffer) -> Tensor:
-        """(K * N, tokens, channels) velocities of the sampling policy, which the model now carries; dead rows stay 0."""
+        """Return the (K * N, tokens, channels) velocities of the sampling policy, which the model now carries.
+
+        Rows of dead images stay 0.
+        """
         old = torch.zeros(len(buffer.sigma), *buffer.latents.shape[1:], device=buffer.latents.device)
-        for part in range(buffer.micro_batches):  # dealt as for the first pass: another batch can be another kernel
-            batch = buffer.micro_batch(part)
+        for index in range(buffer.batching.micro_batches):  # split as for the first pass: another batch, another kernel
+            batch = buffer.micro_batch(index)
             if len(batch):
                 with self.compute_loss_context_manager():
-                    old[batch.rows] = self._velocity(buffer, batch, self.model_wrapped)
+                    old[batch.rows] = self._velocity(batch, self.model_wrapped)
                 self._count(batch, trained=False)
         return old
 
     # -- 3: the loss ------------------------------------------------------------------------------------------------
 
-    def _velocity(self, buffer: PointBuffer, batch: PointBatch, transformer: torch.nn.Module) -> Tensor:
-        conditions = self.flow.encode_prompts(buffer.prompts)  # of the whole rollout, as when it was sampled
-        velocity = velocity_fn(self.flow, self.args.plan(buffer.update), transformer)
+    def loss(self, model: torch.nn.Module, batch: PointBatch) -> LossResult:
+        """Return :func:`nft_objective` of a micro-batch."""
+        if not len(batch):  # every group was dead: nothing to train on, and no forward is spent
+            return self.no_loss()
+        reference = self._reference_velocity(batch, model) if self.args.beta > 0 else None
+        velocity = self._velocity(batch, model)
+        self._count(batch, trained=True)
+        return nft_objective(batch, velocity, reference, self.args)
+
+    def _velocity(self, batch: PointBatch, transformer: torch.nn.Module) -> Tensor:
         noisy = add_noise(batch.latents, batch.noise, batch.sigma)
-        return velocity(noisy, batch.sigma, [conditions[i] for i in batch.images])
+        return self.policy_velocity(transformer)(noisy, batch.sigma, batch.conditions)
+
+    def _reference_velocity(self, batch: PointBatch, model: torch.nn.Module) -> Tensor:
+        # A frozen copy was made before the launcher wrapped the model in its autocast: give it the same.
+        with torch.no_grad(), self.accelerator.autocast(), self.flow.reference(model) as reference:
+            velocity = self._velocity(batch, reference)
+        self._count(batch, trained=False)
+        return velocity
 
     def _count(self, batch: PointBatch, trained: bool) -> None:
         self.count_forwards(len(batch), trained=trained, guided=self.args.guidance_scale > 1)
 
-    def compute_loss(
-        self, model: torch.nn.Module, inputs: PointBatch, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor:
-        """(advantage_clip / nft_beta) (r |v+ - v|^2 + (1 - r) |v- - v|^2) + beta |v_theta - v_ref|^2 of a micro-batch.
-
-        The first factor is the authors': the gradient at v_theta = v_old is that of A times the error.
-        """
-        args, batch, buffer = self.args, inputs, self._buffer
-        if not len(batch):  # every group was dead: nothing to train on, and no forward is spent
-            return self.no_loss()
-        reference = self._reference_velocity(buffer, batch, model) if args.beta > 0 else None
-        velocity = self._velocity(buffer, batch, model)
-        self._count(batch, trained=True)
-        old = velocity.detach() if batch.old_velocity is None else batch.old_velocity
-        target = velocity_target(batch.latents, batch.noise)
-        result = nft_loss(velocity, old, target, batch.sigma, batch.optimality, args.nft_beta, args.adaptive_weighting)
-        loss = args.advantage_clip / args.nft_beta * result.loss
-        if reference is not None:
-            distance = flow_matching_loss(velocity, reference)
-            loss = loss + args.beta * distance
-            self.metrics.record(reference_distance=distance.mean().item())
-        self.metrics.record(
-            error_positive=result.positive.mean().item(),
-            error_negative=result.negative.mean().item(),
-            old_distance=flow_matching_loss(velocity.detach(), old).mean().item(),
-        )
-        # Dead images were left out of the batch and count 0 in the mean over all of them.
-        return (loss * batch.weights).sum() / batch.nominal_size
-
-    def _reference_velocity(self, buffer: PointBuffer, batch: PointBatch, model: torch.nn.Module) -> Tensor:
-        # A frozen copy was made before the launcher wrapped the model in its autocast: give it the same.
-        with torch.no_grad(), self.accelerator.autocast(), self.flow.reference(model) as reference:
-            velocity = self._velocity(buffer, batch, reference)
-        self._count(batch, trained=False)
-        return velocity
-
     # -- the run ----------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         self._old = None
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(*args, **kwargs)
 
     def _restore(self) -> None:
         super()._restore()
         if self.args.remembers and self.resumed_from is not None:
-            self._old = HeldWeights(self.model)
-            self._old.load(Path(self.resumed_from) / SAMPLING_POLICY)
+            self._old = WeightCopy(self.model)
+            self._old.load(self.resumed_from / SAMPLING_POLICY)
 
     def save_progress(self, folder: Path) -> None:
         super().save_progress(folder)
@@ -299,13 +277,42 @@ class NFTTrainer(GroupTrainer):
             self._old.save(folder / SAMPLING_POLICY)
 
 
+def nft_objective(batch: PointBatch, velocity: Tensor, reference: Tensor | None, settings: NFTConfig) -> LossResult:
+    """Return (advantage_clip / nft_beta) (r |v+ - v|^2 + (1 - r) |v- - v|^2) + beta |v_theta - v_ref|^2.
+
+    The first factor is the authors': the gradient at v_theta = v_old is that of A times the error.
+
+    Args:
+        velocity: v_theta at the batch's points, with gradient; it is v_old too where the batch has none.
+        reference: v_ref there, where ``settings.beta`` weighs the distance to it.
+    """
+    old = velocity.detach() if batch.old_velocity is None else batch.old_velocity
+    target = velocity_target(batch.latents, batch.noise)
+    result = nft_loss(
+        velocity, old, target, batch.sigma, batch.optimality, settings.nft_beta, settings.adaptive_weighting
+    )
+    loss = settings.advantage_clip / settings.nft_beta * result.loss
+    metrics: dict[str, float | list[float]] = {}
+    if reference is not None:
+        distance = flow_matching_loss(velocity, reference)
+        loss = loss + settings.beta * distance
+        metrics["reference_distance"] = distance.mean().item()
+    metrics |= {
+        "error_positive": result.positive.mean().item(),
+        "error_negative": result.negative.mean().item(),
+        "old_distance": flow_matching_loss(velocity.detach(), old).mean().item(),
+    }
+    # Dead images were left out of the batch and count 0 in the mean over all of them.
+    return LossResult((loss * batch.weights).sum() / batch.nominal_size, metrics)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Train from a config."""
-    run_on_groups(DataArguments, NFTConfig, NFTTrainer, argv)
+    run(DataArguments, NFTConfig, NFTTrainer, argv)
 
 
 if __name__ == "__main__":
     # Run by path this file is `__main__`; its classes must be known by their own module's name in what is saved.
-    from align.nft import main as run
+    from align.nft import main as by_name
 
-    run()
+    by_name()

@@ -14,41 +14,41 @@ Deviations from common practice, each because it makes runs comparable or exact:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from align.cli.data import CaptionedDataArguments
-from align.cli.launch import run_on_images
+from align.cli.images import CaptionedDataArguments
+from align.cli.launch import run
 from align.engine.matching import MatchingBatch, matching_errors
 from align.engine.settings import setting
+from align.maths.losses import LossResult
+from align.models.contract import Request
 from align.offline.examples import Drawn, draw_batch
-from align.offline.settings import MatchingConfig
-from align.offline.trainer import MatchingTrainer
+from align.offline.settings import OfflineConfig
+from align.offline.trainer import OfflineTrainer
 from align.sampling.held_out import standard_error
 from preference_data.images import ImageSource
 from preference_data.schemas import CaptionedImage
 
 
 @dataclass
-class SFTConfig(MatchingConfig):
+class SFTConfig(OfflineConfig):
     """Arguments of :class:`SFTTrainer`. ``per_device_train_batch_size`` counts images."""
 
     caption_dropout: float = setting(
-        0.1, "Share of captions replaced by negative_prompt, which keeps classifier-free guidance working."
+        0.1,
+        "Share of captions replaced by negative_prompt, which keeps classifier-free guidance working.",
+        fixed_on_resume=True,
+        within=(0, 1),
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("caption_dropout", 0, 1)
 
-
-class SFTTrainer(MatchingTrainer):
+class SFTTrainer(OfflineTrainer):
     """Flow matching on captioned images.
 
     Args:
-        model: what is trained, see :class:`align.models.contract.FlowModel`, or the name of a Qwen-Image.
+        model: what is trained, see :class:`align.models.contract.FlowModel`, its name, or a deferred one.
         args: see :class:`SFTConfig`.
         train_dataset: captioned images, as ``preference_data.readers.read_captioned`` gives them.
         eval_dataset: the same, held out; logged as ``eval_loss`` with its standard error, and by noise level.
@@ -63,24 +63,18 @@ class SFTTrainer(MatchingTrainer):
     args: SFTConfig
     algorithm = "SFT"
 
-    def images_of(self, record: CaptionedImage) -> tuple[str, list[ImageSource]]:
-        return record.prompt, [record.image]
+    def images_of(self, record: CaptionedImage) -> tuple[Request, list[ImageSource]]:
+        return Request(record.prompt), [record.image]
 
     def _prepare_inputs(self, inputs: Sequence[Drawn]) -> MatchingBatch:
         with self.metrics.timed("data"):
             return draw_batch(inputs, self.store, self.args, self.accelerator.device, drop=self.args.caption_dropout)
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: MatchingBatch,
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Tensor:
-        """Report eq. 2: mean || v_theta(x_sigma, sigma, prompt) - (noise - latents) ||^2."""
-        errors = matching_errors(self.flow, inputs, model)
+    def loss(self, model: torch.nn.Module, batch: MatchingBatch) -> LossResult:
+        """Return report eq. 2: mean || v_theta(x_sigma, sigma, prompt) - (noise - latents) ||^2."""
+        errors = matching_errors(self.flow, batch, model)
         self.count_forwards(len(errors), trained=True)
-        return errors.mean()
+        return LossResult(errors.mean())
 
     def held_out_errors(self, batch: MatchingBatch) -> Tensor:
         return matching_errors(self.flow, batch, self.model_wrapped)
@@ -95,11 +89,11 @@ class SFTTrainer(MatchingTrainer):
 
 def main(argv: list[str] | None = None) -> None:
     """Train from a config."""
-    run_on_images(CaptionedDataArguments, SFTConfig, SFTTrainer, argv)
+    run(CaptionedDataArguments, SFTConfig, SFTTrainer, argv)
 
 
 if __name__ == "__main__":
     # Run by path this file is `__main__`; its classes must be known by their own module's name in what is saved.
-    from align.sft import main as run
+    from align.sft import main as by_name
 
-    run()
+    by_name()

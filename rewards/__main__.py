@@ -26,6 +26,11 @@ from rewards.table import BUILTINS, Builtin
 
 def main(argv: list[str] | None = None) -> None:
     """Run a command; errors of the user are printed in one line."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["serve"]:  # needs packages of its own, and has its own options
+        from rewards.serve import main as serve
+
+        return serve(words[1:])
     parser = argparse.ArgumentParser(
         prog="python -m rewards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -34,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         "list", help="list the built-in rewards, what each needs, and whether it can run here"
     )
     listing.add_argument("--json", action="store_true", help="print JSON")
+    commands.add_parser("serve", help="serve rewards over HTTP: `serve --help` lists its options")
     scoring = commands.add_parser("score", help="score images")
     add = scoring.add_argument
     add("--use", action="append", default=[], help="a built-in name, module:attr or file.py:attr; may be repeated")
@@ -48,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         help="a data column for all images, JSON or text",
     )
     add("--json", action="store_true", help="print one JSON object a line instead of a table")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     try:
         if args.command == "list":
             _print_list(args.json)

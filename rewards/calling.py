@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from rewards.contract import Reward, RewardError, RewardFailed, describe
-from rewards.remote.threads import in_thread
+from rewards.threads import in_thread
 
 
 def score(

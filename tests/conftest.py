@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from align.models.families import load_model
 from align.models.qwen_image import QwenImage
 from align.tiny import PROMPTS
 from preference_data.prompts import load_prompts
@@ -19,7 +20,7 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 @pytest.fixture
 def tiny() -> QwenImage:
     """A fresh embedded model in float32."""
-    model = QwenImage.from_pretrained("tiny")
+    model = load_model("tiny")
     model.pipeline.set_progress_bar_config(disable=True)
     return model
 

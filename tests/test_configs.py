@@ -7,13 +7,14 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from align.cli.arguments import ModelArguments, parse, resolve_dataset
-from align.cli.data import CaptionedDataArguments, PreferenceDataArguments
+from align.cli.images import CaptionedDataArguments, PreferenceDataArguments
 from align.dpo import DPOConfig
 from align.dpo_online import OnlineDPOConfig
 from align.generate import GenerateArguments
 from align.grpo import DataArguments, GRPOConfig
+from align.models.families import outline
 from align.nft import NFTConfig
-from align.online.settings import check_data
+from align.online.trainer import check_online_data
 from align.sampling.held_out import check_columns
 from align.sft import SFTConfig
 from preference_data.buckets import make_buckets
@@ -36,6 +37,18 @@ def test_there_is_nothing_among_the_configs_that_no_test_loads():
     )
 
 
+def check_found(data, model, args) -> dict:
+    """Prompts, rewards and model of an online trainer fit together; returns what was loaded."""
+    found = data.load()
+    found["rewards"] = load_rewards(found["rewards"])
+    prompts = [d for d in (found["eval_dataset"], *found["guard_datasets"].values()) if d is not None]
+    check_columns(found["rewards"], prompts)
+    args.check_evaluation(found["eval_dataset"] is not None)
+    check_online_data(found["rewards"], args, found["train_dataset"], found["eval_dataset"], found["guard_datasets"])
+    outline(model.model).latent_shape(args.height, args.width)
+    return found
+
+
 @pytest.mark.parametrize("path", GRPO, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_grpo_config_parses_and_its_sums_come_out(path):
     processes = 1 if path.parent.name == "tiny" else 8  # as its header says
@@ -44,22 +57,20 @@ def test_grpo_config_parses_and_its_sums_come_out(path):
     args.check_world(processes)
     updates = args.micro_batches_per_rollout(processes) / args.gradient_accumulation_steps
     assert updates == int(updates) >= 1
-    assert len(args.sde_steps(0)) == args.window_size
+    assert len(args.window.steps(0)) == args.window.width
     assert (model.peft_config() is not None) == model.use_peft
 
 
 @pytest.mark.parametrize("path", [p for p in GRPO if p.parent.name == "tiny"], ids=lambda path: path.stem)
 def test_tiny_config_finds_its_data_rewards_and_model(path):
     data, model, args = parse((DataArguments, ModelArguments, GRPOConfig), ["--config", str(path)])
-    check_data(load_rewards(data.rewards), args, *data.load())
-    model.check(args.height, args.width)
+    check_found(data, model, args)
 
 
 @pytest.mark.parametrize("path", ONLINE, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_online_dpo_config_finds_its_data_and_its_sums_come_out(path):
     data, model, args = parse((DataArguments, ModelArguments, OnlineDPOConfig), ["--config", str(path)])
-    check_data(load_rewards(data.rewards), args, *data.load())
-    model.check(args.height, args.width)
+    check_found(data, model, args)
     args.check_world(1)
     assert args.micro_batches_per_pass(1) % args.gradient_accumulation_steps == 0
 
@@ -73,8 +84,7 @@ def test_nft_config_finds_its_data_and_its_sums_come_out(path):
     args.check_world(processes)
     assert args.micro_batches_per_rollout(processes) % args.gradient_accumulation_steps == 0
     if tiny:
-        check_data(load_rewards(data.rewards), args, *data.load())
-        model.check(args.height, args.width)
+        check_found(data, model, args)
 
 
 RECIPES = yaml.safe_load((ROOT / "tests/bench/recipes.yaml").read_text())
@@ -87,11 +97,10 @@ def test_recipe_of_the_benchmark_overrides_its_config_and_its_sums_come_out(tmp_
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(shipped | task["settings"] | recipe.get("settings", {})))
     config_type = NFTConfig if recipe.get("script") == "align/nft.py" else GRPOConfig
-    data, _, args = parse((DataArguments, ModelArguments, config_type), ["--config", str(path)])
-    rewards, (train, held_out, guards) = load_rewards(data.rewards), data.load()
-    check_data(rewards, args, train, held_out, guards)
-    args.check_world(1)
-    measures = {reward.name for reward in rewards}
+    found = parse((DataArguments, ModelArguments, config_type), ["--config", str(path)])
+    found[2].check_world(1)
+    loaded = check_found(*found)
+    guards, measures = loaded["guard_datasets"], {reward.name for reward in loaded["rewards"]}
     assert set(task["targets"]) <= measures
     assert set(task["guards"]) <= measures | {"diversity"} | {f"full_{name}" for name in measures if guards}
 
@@ -108,12 +117,12 @@ def test_config_of_a_trainer_on_images_parses_and_its_sizes_fit(path):
     assert make_buckets(args.bucket_resolution(16), 16, args.max_aspect_ratio)
     assert data.dataset_name and (model.peft_config() is not None) == model.use_peft
     if path.parent.name == "tiny":
-        rewards, prompts, _ = data.load_samples()
-        assert rewards and prompts is not None
-        model.check(args.height, args.width)
+        samples = data.load_samples()
+        assert load_rewards(samples["rewards"]) and samples["eval_prompts"] is not None
+        outline(model.model).latent_shape(args.height, args.width)
     if path == ROOT / "configs/tiny/sft_style.yaml":  # its images travel with the package
-        train, held_out = data.load()
-        assert len(list(train)) == 160 and len(list(held_out)) == 40
+        found = data.load()
+        assert len(list(found["train_dataset"])) == 160 and len(list(found["eval_dataset"])) == 40
 
 
 @pytest.mark.parametrize("path", GENERATE, ids=identify)
@@ -122,7 +131,7 @@ def test_config_that_makes_preferences_finds_its_prompts_and_rewards(path):
     args.check()
     if path.parent.name != "tiny":
         return  # its prompts, reward and model are the user's
-    model.check(args.height, args.width)
+    outline(model.model).latent_shape(args.height, args.width)
     check_columns(load_rewards(args.rewards), [load_prompts(resolve_dataset(args.dataset_name), args.dataset_split)])
 
 

@@ -13,7 +13,7 @@ STOCK = """
 import json, sys, torch
 from diffusers import QwenImagePipeline
 from align.sampling.noise import seeded_noise
-from align.sampling.rollout import ImageKey
+from align.sampling.noise import ImageKey
 from align.tiny import CHECKPOINT, PROMPTS
 from rewards.shapes import warm_background
 

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from asking import ask
 from brightness import score as brightness
 from datasets import Dataset
-from group_runs import history, weights
+from group_runs import history, prompts_of, weights
 from peft import LoraConfig
 from safetensors.torch import load_file
 from scaled import largest_difference
 
 from align.grpo import ConsistencyError, GRPOConfig, GRPOTrainer
-from align.models.qwen_image import QwenImage
+from align.models.families import load_model
 from preference_data.readers import read_preferences
 from rewards import RewardError, load_rewards
 from rewards.weights import parse_weight
@@ -55,7 +56,7 @@ def lora() -> LoraConfig:
 def trainer(
     folder: Path, rewards=(brightness,), model=None, peft_config="lora", data=PROMPTS, **overrides
 ) -> GRPOTrainer:
-    model = model or QwenImage.from_pretrained("tiny")
+    model = model or load_model("tiny")
     adapter = lora() if peft_config == "lora" else peft_config
     return GRPOTrainer(model, list(rewards), config(folder, **overrides), data, peft_config=adapter)
 
@@ -81,12 +82,12 @@ def test_first_gradient_is_the_plain_policy_gradient_by_stock_diffusers_calls(tm
     # d/dw of -mean(A log p), log p written out for the SDE of MATHS section 2 with the pipeline's own encoding.
     pipeline, rewards = (
         run.flow.pipeline,
-        torch.tensor(brightness(run.flow.decode_latents(final_latents(run, buffer), 64, 64), buffer.prompts)).view(
+        torch.tensor(brightness(run.flow.decode_latents(final_latents(run, buffer), 64, 64), prompts_of(buffer))).view(
             2, 4
         ),
     )
     advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
-    embeds, mask = pipeline.encode_prompt(buffer.prompts)
+    embeds, mask = pipeline.encode_prompt(prompts_of(buffer))
     pipeline.scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=1.1)
     sigmas, total = pipeline.scheduler.sigmas, 0.0
     for k in range(2):
@@ -110,7 +111,7 @@ def test_first_gradient_is_the_plain_policy_gradient_by_stock_diffusers_calls(tm
 def final_latents(run: GRPOTrainer, buffer) -> torch.Tensor:
     """The rest of the way by the stock scheduler, from the last recorded step."""
     pipeline = run.flow.pipeline
-    embeds, mask = pipeline.encode_prompt(buffer.prompts)
+    embeds, mask = pipeline.encode_prompt(prompts_of(buffer))
     pipeline.scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=1.1)
     x = buffer.transitions.next_latents[8:]
     pipeline.scheduler.set_begin_index(2)
@@ -140,7 +141,7 @@ def test_first_ratio_of_a_half_precision_model_does_not_depend_on_the_padding(tm
         "two objects",
         "a red circle left of a blue square",
     ]
-    model = QwenImage.from_pretrained("tiny", torch.bfloat16)
+    model = load_model("tiny", torch.bfloat16)
     run = trainer(tmp_path, model=model, data=Dataset.from_dict({"prompt": lengths}), max_steps=1, guidance_scale=4.0,
                   generation_batch_size=16, per_device_train_batch_size=8, gradient_accumulation_steps=4)  # fmt: skip
     run.train()
@@ -206,7 +207,7 @@ def test_beta_holds_the_policy_at_its_reference(tmp_path):
 
     def distance_from_base(run):  # of the images' latents at one noise level
         latents = torch.randn(4, 16, 64, generator=torch.Generator().manual_seed(0))
-        args = latents, torch.full((4,), 0.6), run.flow.encode_prompts(["a circle"] * 4)
+        args = latents, torch.full((4,), 0.6), run.flow.encode(ask(["a circle"] * 4))
         with torch.no_grad():
             now = run.flow.velocity(*args, height=64, width=64)
             with run.flow.reference(run.flow.transformer) as base:
@@ -269,7 +270,6 @@ def test_a_velocity_that_images_have_in_common_is_trained_once_with_the_same_gra
     seen = []
     for source in (buffer, apart):
         batch = source.micro_batch(1)
-        run._buffer = source
         run.model.zero_grad()
         loss = run.compute_loss(run.model_wrapped, batch)
         loss.backward()
@@ -333,7 +333,7 @@ def test_resume_is_bit_exact_between_and_within_rollouts(tmp_path, at):
     # The count goes on too; the resumed process passes the gate of 16 forwards once more, at its first own rollout.
     gate = 16 if at < 3 else 0
     assert history(resumed, "forward_equivalents")[-1] == history(straight, "forward_equivalents")[-1] + gate
-    for one, other in zip(*(run.ema.held.average.shadow_params for run in (straight, resumed)), strict=True):
+    for one, other in zip(*(run.ema.copy.average.shadow_params for run in (straight, resumed)), strict=True):
         assert torch.equal(one, other)
 
 
@@ -343,7 +343,7 @@ def test_resume_in_a_later_epoch_goes_on_with_its_order_of_prompts(tmp_path):
     straight.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-4"))
     assert largest_difference(weights(straight), weights(resumed)) == 0
-    assert straight._buffer.prompts == resumed._buffer.prompts
+    assert straight._buffer.requests == resumed._buffer.requests
     sampler = straight._get_train_sampler()
     orders = []
     for epoch in (0, 1):
@@ -509,7 +509,7 @@ def test_evaluation_reports_means_and_standard_errors_and_ignores_the_training_n
     )
     held_out = Dataset.from_dict({"prompt": ["a cross", "two circles", "blue squares"]})
     run = GRPOTrainer(
-        QwenImage.from_pretrained("tiny"),
+        load_model("tiny"),
         [brightness],
         args,
         PROMPTS,

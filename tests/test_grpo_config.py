@@ -26,8 +26,8 @@ def config(**overrides) -> GRPOConfig:
     return GRPOConfig(**(settings | overrides))
 
 
-def starts(settings: GRPOConfig, updates: int = 300) -> list[int]:
-    return [settings.sde_steps(update)[0] for update in range(updates)]
+def starts(settings: GRPOConfig, rollouts: int = 300) -> list[int]:
+    return [settings.window.steps(index)[0] for index in range(rollouts)]
 
 
 class SecondProcess(GRPOConfig):
@@ -46,24 +46,24 @@ class SecondProcess(GRPOConfig):
 
 
 def test_by_default_every_step_is_stochastic():
-    assert config().sde_steps(0) == tuple(range(10)) == config().sde_steps(7)
+    assert config().window.steps(0) == tuple(range(10)) == config().window.steps(7)
 
 
 def test_a_window_without_a_range_starts_at_the_first_step():
     settings = config(sde_window_size=3)
-    assert {settings.sde_steps(update) for update in range(20)} == {(0, 1, 2)}
+    assert {settings.window.steps(update) for update in range(20)} == {(0, 1, 2)}
 
 
 @pytest.mark.parametrize(("size", "first", "end"), [(1, 0, 10), (2, 0, 5), (3, 4, 10), (2, 3, 5), (5, 0, 9)])
 def test_the_window_is_drawn_from_all_its_range_and_nothing_else(size, first, end):
     settings = config(sde_window_size=size, sde_window_range=[first, end])
-    windows = [settings.sde_steps(update) for update in range(300)]
+    windows = [settings.window.steps(update) for update in range(300)]
     assert all(window == tuple(range(window[0], window[0] + size)) for window in windows)
     assert {window[0] for window in windows} == set(range(first, end - size + 1))
 
 
 def test_every_start_is_as_likely():
-    counts = Counter(starts(config(sde_window_size=2, sde_window_range=[0, 5]), updates=2000))
+    counts = Counter(starts(config(sde_window_size=2, sde_window_range=[0, 5]), rollouts=2000))
     # 500 expected for each of 4 starts, standard deviation sqrt(2000 * 3 / 16) = 19.4.
     assert all(abs(count - 500) < 4 * 19.4 for count in counts.values()), counts
 
@@ -76,16 +76,16 @@ def test_the_draw_is_a_function_of_seed_and_update_alone():
     others = {"learning_rate": 0.1, "generation_batch_size": 16, "rollout_batch_size": 3, "height": 64, "data_seed": 4}
     assert starts(config(**window, **others)) == drawn
     assert torch.equal(torch.get_rng_state(), before)
-    assert [config(**window).sde_steps(update)[0] for update in reversed(range(300))] == drawn[::-1]
+    assert [config(**window).window.steps(update)[0] for update in reversed(range(300))] == drawn[::-1]
 
 
 def test_a_sliding_window_moves_by_its_stride_and_begins_again():
     window = {"sde_window_size": 2, "sde_window_range": [1, 7], "sde_window_schedule": "sliding"}
     assert (
-        starts(config(**window, sde_window_interval=3), updates=18)
+        starts(config(**window, sde_window_interval=3), rollouts=18)
         == [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3 + [5] * 3 + [1] * 3
     )
-    strides = starts(config(**window, sde_window_interval=1, sde_window_stride=2), updates=6)
+    strides = starts(config(**window, sde_window_interval=1, sde_window_stride=2), rollouts=6)
     assert strides == [1, 3, 5, 2, 4, 1]
     assert set(starts(config(**{**window, "sde_window_range": None}))) == {0}
 
@@ -132,7 +132,7 @@ def test_all_processes_draw_the_same_window():
 
 
 def test_cps_leaves_out_the_last_step_which_has_no_noise():
-    assert config(sde_type="cps").sde_steps(0) == tuple(range(9))
+    assert config(sde_type="cps").window.steps(0) == tuple(range(9))
     windowed = config(sde_type="cps", sde_window_size=2, sde_window_range=[6, 9])
     assert set(starts(windowed)) == {6, 7}
     with pytest.raises(ValueError, match=r"sde_window_range \[6, 10\].*within \[0, 9\].*last of cps having no noise"):
@@ -289,7 +289,7 @@ def test_the_plan_of_a_rollout_is_what_the_settings_say():
         assert (plan.height, plan.width, plan.num_inference_steps, plan.batch_size) == (96, 64, 10, 3)
         assert (plan.guidance_scale, plan.negative_prompt, plan.forwards_per_velocity) == (4.0, "grey", 2)
         assert (plan.noise_level, plan.sde_type, plan.log_prob_reduction) == (0.8, "cps", "sum")
-        assert plan.sde_steps == settings.sde_steps(update)
+        assert plan.sde_steps == settings.window.steps(update)
     sampler = settings.plan(0).sampler(torch.tensor([1.0, 0.75, 0.0]))
     assert (sampler.noise_level, sampler.sde_type, sampler.sigma_max) == (0.8, "cps", 0.75)
     assert sampler.log_prob_reduction == "sum"
@@ -312,4 +312,4 @@ def test_making_a_config_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_a_window_range_without_a_size_is_the_whole_range():
-    assert config(sde_window_range=[2, 5]).sde_steps(3) == (2, 3, 4)
+    assert config(sde_window_range=[2, 5]).window.steps(3) == (2, 3, 4)

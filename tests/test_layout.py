@@ -93,6 +93,20 @@ def test_no_room_but_the_lowest_is_a_single_file_and_none_is_deeper_than_two_fol
                 assert len(folder.relative_to(ROOT).parts) <= 2, identify(folder)
 
 
+@pytest.mark.parametrize("file", FILES, ids=identify)
+def test_a_file_fits_an_eye_and_a_function_a_screen(file):
+    assert len(file.read_text().splitlines()) <= 350
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno + 1 <= 60, f"{node.name} in line {node.lineno}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=identify)
+def test_only_models_and_the_embedded_one_know_a_family_by_name(file):
+    if not identify(file).startswith(("align/models/", "align/tiny/")):
+        assert "QwenImage" not in file.read_text()
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "align" / "maths").glob("*.py")), ids=identify)
 def test_the_maths_imports_torch_and_nothing_else_that_is_installed(file):
     outside = {name.split(".")[0] for name in imports(file)} - set(sys.stdlib_module_names)

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from scaled import largest_difference
 
 from align.grpo import GRPOConfig, GRPOTrainer
-from align.models.qwen_image import QwenImage
+from align.models.families import load_model
 from align.nft import SAMPLING_POLICY, NFTConfig, NFTTrainer
+from align.parallel.sharding import gathered_state
 from align.sampling.rollout import rollout
 from align.tiny import CHECKPOINT
 
@@ -49,7 +50,7 @@ def settings(folder: Path, **overrides):
 def trainer(folder: Path, rewards=(brightness,), peft_config="lora", data=PROMPTS, **overrides) -> NFTTrainer:
     adapter = LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian") if peft_config == "lora" else peft_config
     args = NFTConfig(**settings(folder, **overrides))
-    return NFTTrainer(QwenImage.from_pretrained("tiny"), list(rewards), args, data, peft_config=adapter)
+    return NFTTrainer(load_model("tiny"), list(rewards), args, data, peft_config=adapter)
 
 
 def same_score(images, prompts):
@@ -64,7 +65,7 @@ def test_points_are_the_sampled_latents_and_the_group_decides_how_good_they_are(
     run.train()
     buffer = run._buffer
     keys = run._image_keys(0, 16, False)
-    again = rollout(run.flow, buffer.prompts, keys, run.args.plan(0))
+    again = rollout(run.flow, buffer.requests, keys, run.args.plan(0))
     assert torch.equal(again.latents, buffer.latents) and not again.transitions
     scores = torch.tensor(brightness(again.images, [])).view(4, 4)
     advantage = (scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True) + 1e-4)
@@ -93,10 +94,10 @@ def test_old_velocities_are_those_of_the_policy_that_drew_the_images(tmp_path):
     assert largest_difference(held, weights(run)) > 1e-3
     batch = run._buffer.micro_batch(0)
     with torch.no_grad():
-        now = run._velocity(run._buffer, batch, run.model)
+        now = run._velocity(batch, run.model)
         with run._sampling_policy():
             assert largest_difference(held, weights(run)) == 0
-            old = run._velocity(run._buffer, batch, run.model)
+            old = run._velocity(batch, run.model)
     assert torch.equal(old, batch.old_velocity) and not torch.allclose(now, old, atol=1e-3)
 
 
@@ -114,7 +115,7 @@ def test_the_loss_is_that_of_plain_diffusers_calls(tmp_path):
     with torch.no_grad():
         for parameter in run.trained_parameters().values():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    run.flow.save(str(tmp_path / "now"), run.trained_state())
+    run.flow.save(str(tmp_path / "now"), gathered_state(run.trained_parameters(), keep=True))
     stock = {name: QwenImagePipeline.from_pretrained(CHECKPOINT, dtype=torch.float32) for name in ("now", "old", "ref")}
     stock["now"].load_lora_weights(tmp_path / "now")
     stock["old"].load_lora_weights(tmp_path / "old")
@@ -124,7 +125,7 @@ def test_the_loss_is_that_of_plain_diffusers_calls(tmp_path):
             x0, noise, s, r = (v[place] for v in (batch.latents, batch.noise, batch.sigma, batch.optimality))
             x, v = ((1 - s) * x0 + s * noise)[None], {}
             for name, pipeline in stock.items():
-                embeds, _ = pipeline.encode_prompt(run._buffer.prompts[image], max_sequence_length=512)
+                embeds, _ = pipeline.encode_prompt(run._buffer.requests[image].prompt, max_sequence_length=512)
                 v[name] = pipeline.transformer(
                     hidden_states=x, timestep=s[None], encoder_hidden_states=embeds, img_shapes=[[(1, 4, 4)]],
                     return_dict=False,
@@ -174,7 +175,7 @@ def test_groups_without_a_difference_and_images_without_a_score_are_left_out_and
     run.train()
     assert history(run, "dead_groups") == [0.5] and history(run, "rewards/some_scored/unscored") == [0.25]
     batch = run._buffer.micro_batch(0)
-    assert {run._buffer.prompts[image] for image in batch.images} == {"a circle", "red objects"}
+    assert {run._buffer.requests[image].prompt for image in batch.images} == {"a circle", "red objects"}
     assert len(batch) == 16 and batch.nominal_size == 32
     assert history(run, "forward_equivalents") == [48 + 16 * (1 + 3)]
 
@@ -236,7 +237,7 @@ def test_the_sampling_policy_follows_by_its_schedule_and_draws_the_images(tmp_pa
     with torch.no_grad():
         for name, parameter in run.trained_parameters().items():
             parameter.copy_(old[name])
-    again = rollout(run.flow, run._buffer.prompts, run._image_keys(3, 16, False), run.args.plan(3))
+    again = rollout(run.flow, run._buffer.requests, run._image_keys(3, 16, False), run.args.plan(3))
     assert (again.latents - run._buffer.latents).abs().max() < 1e-4
 
 
@@ -288,7 +289,7 @@ def test_resuming_as_another_run_is_refused(tmp_path):
     trainer(tmp_path / "a", save_strategy="steps", save_steps=1).train()
     folder = str(tmp_path / "a/checkpoint-1")
     run = json.loads((tmp_path / "a/checkpoint-1/checkpoint.json").read_text())["run"]
-    assert run["algorithm"] == {"algorithm": "DiffusionNFT"} and run["dealing"]["num_train_sigmas"] == 2
+    assert run["algorithm"] == {"algorithm": "DiffusionNFT"} and run["fixed_on_resume"]["num_train_sigmas"] == 2
     for wrong, message in (
         ({"sampling_decay_rate": 0.0}, r"sampling_decay_rate is 0\.0 and was 0\.3"),
         ({"num_train_sigmas": 1, "per_device_train_batch_size": 16}, "num_train_sigmas is 1 and was 2"),
@@ -344,4 +345,4 @@ def test_every_step_of_the_schedule_is_trained_by_default(tmp_path):
     args = NFTConfig(**settings(tmp_path, num_train_sigmas=None, per_device_train_batch_size=48))
     args.check_world(1)
     assert args.points_per_image == 3 and args.one_update(1)
-    assert NFTConfig(**settings(tmp_path, sampling_decay_rate=0.0)).whole_copy() is None
+    assert NFTConfig(**settings(tmp_path, sampling_decay_rate=0.0)).full_copy() is None

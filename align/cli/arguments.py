@@ -1,61 +1,56 @@
-"""What the command lines of the trainers share: model and data arguments, and parsing that helps."""
+"""What the command lines share: the model's arguments, and a parser that helps."""
 
 import argparse
+import inspect
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from peft import LoraConfig
+from transformers import TrainingArguments
 from trl import TrlParser
 
-from align.models.loading import check_resolution, describe_transformer, digest_adapter, nearest, resolve_folder
+from align.cli.configs import find_config
+from align.engine.settings import setting
+from align.models.loading import nearest
 from align.tiny import IMAGES, PROMPTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 logger = logging.getLogger(__name__)
 #: LoRA settings that mean nothing in a full fine-tune.
 _LORA_FIELDS = ("adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass
 class ModelArguments:
     """The model, and what of it is trained."""
 
-    model: str = field(
-        default="tiny", metadata={"help": "Folder or hub name in the layout of Qwen/Qwen-Image, or `tiny`."}
+    model: str = setting("tiny", "Folder or hub name in the layout of a diffusers pipeline, or `tiny`.")
+    dtype: str = setting(
+        "float32", "Precision of the frozen weights: float32, bfloat16, float16.", fixed_on_resume=True
     )
-    dtype: str = field(
-        default="float32", metadata={"help": "Precision of the frozen weights: float32, bfloat16, float16."}
+    offload: bool = setting(False, "Keep text encoder and VAE on the CPU while they are not in use.")
+    attention_backend: str | None = setting(
+        None, "diffusers' attention backend for the transformer. Default: torch's own."
     )
-    offload: bool = field(
-        default=False, metadata={"help": "Keep text encoder and VAE on the CPU while they are not in use."}
+    compile_blocks: bool = setting(
+        False, "torch.compile the transformer's repeated block: slower to start, faster to run."
     )
-    attention_backend: str | None = field(
-        default=None, metadata={"help": "diffusers' attention backend for the transformer. Default: torch's own."}
+    use_peft: bool = setting(True, "Train a LoRA adapter; false fine-tunes the whole transformer.")
+    lora_r: int | None = setting(None, "Rank of the adapter. Default 16.")
+    lora_alpha: int | None = setting(None, "Scale of the adapter. Default twice the rank.")
+    lora_dropout: float | None = setting(None, "Dropout inside the adapter. Default 0.")
+    lora_target_modules: list[str] | None = setting(
+        None, "Linear layers to adapt. Default: the joint attention's eight."
     )
-    compile_blocks: bool = field(
-        default=False,
-        metadata={"help": "torch.compile the transformer's repeated block: slower to start, faster to run."},
-    )
-    use_peft: bool = field(
-        default=True, metadata={"help": "Train a LoRA adapter; false fine-tunes the whole transformer."}
-    )
-    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapter. Default 16."})
-    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the adapter. Default twice the rank."})
-    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout inside the adapter. Default 0."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Linear layers to adapt. Default: the joint attention's eight."}
-    )
-    adapter: str | None = field(
-        default=None, metadata={"help": "Folder of a LoRA to start from (pytorch_lora_weights.safetensors)."}
-    )
+    adapter: str | None = setting(None, "Folder of a LoRA to start from (pytorch_lora_weights.safetensors).")
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -80,29 +75,8 @@ class ModelArguments:
                 if getattr(self, name) is not None:
                     logger.warning("%s is ignored: the adapter %s says its own", name, self.adapter)
 
-    def check(self, height: int, width: int) -> None:
-        """Everything that can be known wrong before weights are read."""
-        check_resolution(resolve_folder(self.model), height, width)
-        if self.attention_backend is not None:
-            from diffusers.models.attention_dispatch import AttentionBackendName
-
-            known = {backend.value for backend in AttentionBackendName}
-            if self.attention_backend not in known:
-                raise ValueError(
-                    f"unknown attention_backend {self.attention_backend!r}." + nearest(self.attention_backend, known)
-                )
-
-    def identity(self) -> dict[str, dict[str, Any]]:
-        """What is known of :meth:`align.models.contract.FlowModel.identity` before a weight is read."""
-        trained: dict[str, Any] = {"tuning": "LoRA" if self.use_peft else "full"}
-        config = self.peft_config()
-        if config is not None:
-            trained |= {"lora_r": config.r, "lora_alpha": config.lora_alpha}
-        if self.use_peft:
-            trained["adapter"] = None if self.adapter is None else digest_adapter(self.adapter)
-        return {"model": describe_transformer(self.model, resolve_folder(self.model)), "trained": trained}
-
     def peft_config(self) -> LoraConfig | None:
+        """Return the fresh adapter that these arguments ask for, if they do."""
         if not self.use_peft or self.adapter is not None:
             return None
         rank = self.lora_r or 16
@@ -115,42 +89,110 @@ class ModelArguments:
         )
 
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-
-
 def resolve_dataset(name: str) -> str:
-    """``tiny/NAME`` to the folder that travels with the package; any other name as it is."""
+    """Turn ``tiny/NAME`` into the folder that travels with the package; return any other name as it is."""
     family, _, rest = name.partition("/")
     if family != "tiny" or Path(name).exists():
         return name
-    there = {place.name: place for root in (PROMPTS, IMAGES) for place in sorted(root.iterdir()) if place.is_dir()}
-    if rest not in there:
-        raise FileNotFoundError(f"no embedded data set {name!r}." + nearest(rest, [f"tiny/{t}" for t in there]))
-    return str(there[rest])
+    embedded = {
+        folder.name: folder for root in (PROMPTS, IMAGES) for folder in sorted(root.iterdir()) if folder.is_dir()
+    }
+    if rest not in embedded:
+        raise FileNotFoundError(f"no embedded data set {name!r}." + nearest(rest, [f"tiny/{n}" for n in embedded]))
+    return str(embedded[rest])
 
 
-def parse(dataclass_types: Sequence[type], argv: Iterable[str] | None = None) -> tuple[Any, ...]:
-    """``--config FILE.yaml`` and command-line overrides to dataclasses; an unknown key names the nearest known one."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = TrlParser(dataclass_types)
-    options = {o[2:].replace("-", "_") for action in parser._actions for o in action.option_strings} | {"config"}
-    for flag in (a.split("=")[0][2:].replace("-", "_") for a in argv if a.startswith("--")):
-        if flag not in options:
-            raise ValueError(f"unknown option --{flag}." + nearest(flag, options))
-    if argv[-1:] == ["--config"]:
-        raise ValueError("--config needs a file")
-    known = {action.dest: action for action in parser._actions if action.dest != "help"}
-    for config in _config_paths(argv):
-        _check_config(config, known)
-    return parser.parse_args_and_config(_split_equals(argv))
+# -- parsing -----------------------------------------------------------------------------------------------------------
+
+
+class OptionParser(TrlParser):
+    """TRL's parser, whose help is grouped, this library's options before transformers', and whose errors are sentences.
+
+    ``options``: the argparse action of every setting, by its name. ``flags``: all that may stand behind ``--``.
+    """
+
+    def __init__(self, dataclass_types: Sequence[type], **settings: Any) -> None:
+        self.options: dict[str, argparse.Action] = {}
+        self.flags = {"config", "help"}
+        self._titles = {name: title for kind in dataclass_types for name, title in _titles(kind).items()}
+        self._groups: dict[str, Any] = {}
+        super().__init__(list(dataclass_types), allow_abbrev=False, **settings)
+        self.usage = "%(prog)s --config FILE_OR_NAME [--OPTION VALUE ...]"  # not a list of all of them
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        title = self._titles.get(settings.get("dest") or names[0].lstrip("-").replace("-", "_"))
+        if title is None:
+            return super().add_argument(*names, **settings)
+        if not self._groups:  # all of them, in the order in which help shows them
+            self._groups = {t: self.add_argument_group(t) for t in dict.fromkeys(self._titles.values())}
+        action = self._groups[title].add_argument(*names, **settings)
+        self.options[action.dest] = action
+        self.flags |= {name.lstrip("-").replace("-", "_") for name in names}
+        return action
+
+    def error(self, message: str) -> Any:
+        """Raise ValueError, where argparse would print the usage of all options."""
+        raise ValueError(message)
+
+
+def _titles(kind: type) -> dict[str, str]:
+    """Return the help's title of every field, the most derived class first: the class that declares it, and its file."""
+    titles: dict[str, str] = {}
+    for owner in kind.__mro__:
+        ours = not issubclass(TrainingArguments, owner)
+        file = owner.__module__.replace(".", "/") + ".py" if ours else "transformers"
+        for name in inspect.get_annotations(owner).keys() & {declared.name for declared in fields(kind)}:
+            titles.setdefault(name, f"{owner.__name__} ({file})")
+    return titles
+
+
+def parse(dataclass_types: Sequence[type], argv: Iterable[str] | None = None, door: str = "") -> tuple[Any, ...]:
+    """Parse ``--config FILE_OR_NAME`` and command-line overrides into dataclasses.
+
+    Without any word it prints how to begin, and ends. ``door``: the file of align/ that was started.
+
+    Raises:
+        ValueError, FileNotFoundError: an option, a key or a value that cannot be, with the nearest that can.
+    """
+    words = _split_equals(list(sys.argv[1:] if argv is None else argv))
+    if not words and door:
+        print(how_to_begin(door))
+        raise SystemExit(0)
+    parser = OptionParser(dataclass_types, prog=_command(door))
+    for flag in (word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")):
+        if flag not in parser.flags:
+            raise ValueError(f"unknown option --{flag}." + nearest(flag, parser.flags))
+    for place, word in enumerate(words):
+        if word == "--config":
+            if place + 1 == len(words):
+                raise ValueError("--config needs a file")
+            words[place + 1] = str(find_config(words[place + 1]))
+            _check_config(Path(words[place + 1]), parser.options)
+    return parser.parse_args_and_config(words)
+
+
+def how_to_begin(door: str) -> str:
+    """Return three lines that say what to type."""
+    command, verb = _command(door), "Make preferences" if door == "generate" else "Train"
+    return (
+        f"{verb} from a config: {command} --config tiny/{_EXAMPLES.get(door, door)}\n"
+        "List the shipped configs: flow-align configs\n"
+        f"List all options: {command} --help"
+    )
+
+
+def _command(door: str) -> str:
+    """Return the command that starts a door, as it was started now: by path, or by its name."""
+    by_path = Path(sys.argv[0]).name == f"{door}.py"
+    return f"accelerate launch {sys.argv[0]}" if by_path else f"flow-align {door}"
+
+
+#: The shipped config to begin with, where it is not called like the door.
+_EXAMPLES = {"sft": "sft_style"}
 
 
 def _check_config(config: Path, known: dict[str, argparse.Action]) -> None:
-    """Raise when a YAML file is missing, is no mapping, or has a key or a value that the arguments do not take."""
-    if not config.is_file():
-        beside = {str(p) for p in config.parent.glob("*.y*ml")} if config.parent.is_dir() else set()
-        hint = nearest(str(config), beside) if beside else ""
-        raise FileNotFoundError(f"config file {config} does not exist." + hint)
+    """Raise ValueError when a YAML file is no mapping, or has a key or a value that the arguments do not take."""
     try:
         content = yaml.safe_load(config.read_text())
     except yaml.YAMLError as error:
@@ -164,13 +206,13 @@ def _check_config(config: Path, known: dict[str, argparse.Action]) -> None:
             raise ValueError(f"unknown key {key!r} in {config}." + nearest(str(key), set(known)))
         if value is None and (known[key].required or known[key].default is not None):
             raise ValueError(f"{key} in {config} has no value: give it one, or leave it out")
-        fault = _type_fault(known[key], value)
-        if fault:
-            raise ValueError(f"{key} in {config} must be {fault}, found {value!r}")
+        wanted = _wanted_type(known[key], value)
+        if wanted:
+            raise ValueError(f"{key} in {config} must be {wanted}, found {value!r}")
 
 
-def _type_fault(action: argparse.Action, value: Any) -> str | None:
-    """What a YAML value should have been, for an option that argparse would have converted from text."""
+def _wanted_type(action: argparse.Action, value: Any) -> str | None:
+    """Say what a YAML value should have been, for an option that argparse would have converted from text."""
     if value is None or isinstance(value, str):
         return None  # argparse converts text itself
     if action.nargs in ("+", "*"):
@@ -179,25 +221,21 @@ def _type_fault(action: argparse.Action, value: Any) -> str | None:
         return None
     if action.type is str:
         return "text"
-    whole = isinstance(value, int) and not isinstance(value, bool)
+    integer = isinstance(value, int) and not isinstance(value, bool)
     if action.type is int:
-        return None if whole else "a whole number"
-    return None if whole or isinstance(value, float) else "a number"
+        return None if integer else "a whole number"
+    return None if integer or isinstance(value, float) else "a number"
 
 
-def _split_equals(argv: list[str]) -> list[str]:
-    """``--config=x`` to ``--config x``: the parser underneath looks for the two words."""
-    return [word for a in argv for word in (a.split("=", 1) if a.startswith("--config=") else [a])]
-
-
-def _config_paths(argv: list[str]) -> list[Path]:
-    words = _split_equals(argv)
-    return [Path(value) for flag, value in pairwise(words) if flag == "--config"]
+def _split_equals(words: list[str]) -> list[str]:
+    """Split ``--config=FILE``, which TRL's parser does not see, into two words."""
+    split = [word.split("=", 1) if word.startswith("--config=") else [word] for word in words]
+    return [piece for pieces in split for piece in pieces]
 
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """A mistake in a config is answered with a sentence, not with a traceback."""
+    """Enter a context in which a mistake in a config is answered with a sentence, not with a traceback."""
     try:
         yield
     except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:

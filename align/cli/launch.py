@@ -1,28 +1,24 @@
-"""From a command line to a finished run: what the trainers' ``main`` functions share."""
+"""From a command line to a finished run: what the doors' ``main`` functions share."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from align.cli.arguments import DTYPES, ModelArguments, parse, plain_errors
-from align.cli.checks import check_launch, check_memory
+from align.cli.checks import check_attention_backend, check_launch, check_memory
 from align.engine import reports
-from align.engine.checkpoints import CheckpointError, check_identity
-from align.engine.settings import FlowConfig
+from align.engine.checkpoints import CheckpointError
+from align.engine.resume import ResumePlan, check_earlier_run, clear_earlier_run, plan_resume, run_identity
+from align.engine.settings import values_of
 from align.engine.trainer import FlowTrainer
-from align.models.loading import latent_cell, resolve_folder
-from align.online.settings import check_data
-from align.online.trainer import check_dropout
-from align.parallel.sharding import check_zero
-from preference_data.buckets import make_buckets
-from rewards import load_rewards
+from align.models import families
+from align.models.contract import FlowModel
 
 
-def load_model(arguments: ModelArguments) -> Any:
-    """The Qwen-Image that the arguments name, with the adapter they name."""
-    from align.models.qwen_image import QwenImage  # imports diffusers: not before the arguments are known to be right
-
-    model = QwenImage.from_pretrained(arguments.model, DTYPES[arguments.dtype], arguments.offload)
+def load_model(arguments: ModelArguments) -> FlowModel:
+    """Load the model that the arguments name, with the adapter they name."""
+    model: Any = families.load_model(arguments.model, DTYPES[arguments.dtype], arguments.offload)
     if arguments.adapter:
         model.load_adapter(arguments.adapter)
     if arguments.attention_backend is not None:
@@ -32,28 +28,49 @@ def load_model(arguments: ModelArguments) -> Any:
     return model
 
 
-def find_checkpoint(trainer_type: type[FlowTrainer], model_args: ModelArguments, args: FlowConfig) -> str | None:
-    """The checkpoint to go on from, if any; raises ValueError when it is of another run, as far as that shows yet."""
-    folder = args.checkpoint_to_resume()
-    if folder is not None:
-        algorithm = {"algorithm": trainer_type.algorithm}
-        run = {"algorithm": algorithm, **model_args.identity(), "dealing": args.dealing()}
-        check_identity(Path(folder), run)
-        args.check_batch(Path(folder))
-    return folder
+def defer_model(arguments: ModelArguments) -> families.Deferred:
+    """Build the outline of the model that the arguments name, to check things against before it is loaded."""
+    check_attention_backend(arguments.attention_backend)
+    outline = families.outline(arguments.model, arguments.peft_config(), arguments.adapter)
+    return families.Deferred(outline, partial(load_model, arguments))
+
+
+def run(data_type: type, config_type: type, trainer_type: type[Any], argv: list[str] | None) -> None:
+    """Train from a command line; everything that can be known wrong is said before the model is loaded."""
+    with plain_errors():
+        door = trainer_type.__module__.rpartition(".")[2]
+        data, model_args, args = parse((data_type, ModelArguments, config_type), argv, door)
+        check_launch(args)
+        args.fixed_beside, args.free_beside = settings_beside(data, model_args)
+        inputs = data.load()
+        model = defer_model(model_args)
+        identity = run_identity(trainer_type.algorithm, model.outline.identity(), args)
+        plan = plan_resume(args, identity, args.resume_from_checkpoint)
+        check_earlier_run(args, plan)
+        check_memory(model.outline.parameter_counts(), model_args, args)
+        trainer = trainer_type(model, args=args, peft_config=model_args.peft_config(), **inputs)
+        del inputs  # the trainer keeps what it needs of them
+    settings = reports.changed_settings(data, model_args, args)
+    train_and_finish(trainer, plan, model_args.model, data.dataset_name, settings)
+
+
+def settings_beside(data: Any, model: ModelArguments) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of data and model that a resume must not change, and those of the data that it may."""
+    fixed = values_of(data, fixed_on_resume=True) | values_of(model, fixed_on_resume=True)
+    return fixed, values_of(data, fixed_on_resume=False)
 
 
 def train_and_finish(
-    trainer: FlowTrainer, checkpoint: str | None, base_model: str, data: str, settings: dict[str, Any]
+    trainer: FlowTrainer, plan: ResumePlan, base_model: str, data: str, settings: dict[str, Any]
 ) -> None:
     """Train, export, and print what changed and where to look; a signal or a failing reward ends it resumably."""
     args = trainer.args
     stops: tuple[type[Exception], ...] = (*trainer.stops, CheckpointError)
-    if checkpoint is None and args.should_save:
-        args.clear_earlier_run()
+    if plan.folder is None and args.should_save:
+        clear_earlier_run(str(args.output_dir))
     started = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=plan)
         if trainer.interrupted:
             if trainer.is_world_process_zero():
                 last = f"{args.output_dir}/checkpoint-{trainer.state.global_step}"
@@ -69,55 +86,3 @@ def train_and_finish(
         print(f"\n{table}\n\n{trainer.state.global_step} updates in {time.perf_counter() - started:.0f} s; look at:")
         for path in sorted(p for p in Path(args.output_dir).iterdir() if p.suffix in (".png", ".md")):
             print(f"  {path}")
-
-
-def run_on_images(data_type: type, config_type: type, trainer_type: type[Any], argv: list[str] | None) -> None:
-    """``main`` of a trainer on images; everything that can be known wrong is said before the model is loaded."""
-    with plain_errors():
-        data, model_args, args = parse((data_type, ModelArguments, config_type), argv)
-        rewards, prompts, guards = data.load_samples()
-        train, held_out = data.load()
-        check_launch(args)
-        args.check_evaluation(held_out is not None or prompts is not None)
-        check_zero(args, model_args.use_peft)
-        model_args.check(args.height, args.width)
-        cell = latent_cell(resolve_folder(model_args.model))
-        make_buckets(args.bucket_resolution(cell), cell, args.max_aspect_ratio)
-        checkpoint = find_checkpoint(trainer_type, model_args, args)
-        check_memory(model_args, args)
-    with plain_errors():
-        model = load_model(model_args)
-        trainer = trainer_type(
-            model,
-            args,
-            train,
-            held_out,
-            rewards=rewards,
-            eval_prompts=prompts,
-            guard_datasets=guards,
-            peft_config=model_args.peft_config(),
-            on_bad_row=data.on_bad_row,
-        )
-    settings = reports.changed_settings(data, model_args, args)
-    train_and_finish(trainer, checkpoint, model_args.model, data.dataset_name, settings)
-
-
-def run_on_groups(data_type: type, config_type: type, trainer_type: type[Any], argv: list[str] | None) -> None:
-    """``main`` of a trainer on its own samples; everything that can be known wrong is said before the model is loaded."""
-    with plain_errors():
-        data, model_args, args = parse((data_type, ModelArguments, config_type), argv)
-        rewards = load_rewards(data.rewards)
-        train, held_out, guards = data.load()
-        check_data(rewards, args, train, held_out, guards)
-        check_launch(args)
-        args.check_world(args.world_size)
-        check_zero(args, model_args.use_peft)
-        model_args.check(args.height, args.width)
-        check_dropout(model_args.lora_dropout)
-        checkpoint = find_checkpoint(trainer_type, model_args, args)
-        check_memory(model_args, args)
-    with plain_errors():
-        model = load_model(model_args)
-        trainer = trainer_type(model, rewards, args, train, held_out, guards, peft_config=model_args.peft_config())
-    settings = reports.changed_settings(data, model_args, args)
-    train_and_finish(trainer, checkpoint, model_args.model, data.dataset_name, settings)

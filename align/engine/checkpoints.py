@@ -1,6 +1,6 @@
-"""Checkpoints that are whole or not there, and that know which run they belong to.
+"""Checkpoints that are complete or not there: writing, finding, removing them.
 
-One is written under ``.unfinished`` and gets its name, ``checkpoint-N``, in one step when everything in it is on the
+A checkpoint is written under ``.unfinished`` and gets its name, ``checkpoint-N``, in one step when everything in it is on the
 disk; its ``checkpoint.json``, written last, lists the files with their sizes and says what the checkpoint belongs to.
 """
 
@@ -21,8 +21,8 @@ import align
 
 logger = logging.getLogger(__name__)
 
-#: Of what a checkpoint holds; goes up when an older library could no longer read it.
-FORMAT = 1
+#: Version of what a checkpoint holds; goes up when a library of another version could no longer read it.
+FORMAT = 2
 MANIFEST = "checkpoint.json"
 #: In output_dir: where checkpoints are written before they get their names.
 UNFINISHED = ".unfinished"
@@ -33,18 +33,18 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written; the last good one is still there."""
 
 
-# -- what is there -------------------------------------------------------------------------------------------------
+# -- finding --------------------------------------------------------------------------------------------------
 
 
-def checkpoints(output_dir: str | Path) -> list[Path]:
-    """Every checkpoint folder in ``output_dir``, whole or not, the latest update first."""
+def list_all(output_dir: str | Path) -> list[Path]:
+    """List every checkpoint folder in ``output_dir``, complete or not, the latest update first."""
     folder = Path(output_dir)
-    there = [p for p in folder.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()] if folder.is_dir() else []
-    return sorted(there, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()] if folder.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
 
 
 def fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in words, or None when it is whole."""
+    """Say what is wrong with a checkpoint, or return None when it is complete."""
     file = folder / MANIFEST
     if not file.is_file():
         return f"has no {MANIFEST}: its writing was not finished, or another program wrote it"
@@ -62,151 +62,101 @@ def fault(folder: Path) -> str | None:
 
 
 def last_good(output_dir: str | Path) -> Path | None:
-    """The latest whole checkpoint in ``output_dir``, if any."""
-    return next((folder for folder in checkpoints(output_dir) if fault(folder) is None), None)
+    """Return the latest complete checkpoint in ``output_dir``, if there is one."""
+    return next((folder for folder in list_all(output_dir) if fault(folder) is None), None)
 
 
-def find(output_dir: str, wanted: str | bool, say: bool = True) -> Path | None:
-    """The checkpoint that ``wanted`` means: ``true`` is the last whole one in ``output_dir``, if there is any at all.
+def find(output_dir: str, wanted: str | bool, log: bool = True) -> Path | None:
+    """Return the checkpoint that ``wanted`` names: ``true`` is the last complete one in ``output_dir``, if there is one.
 
-    Broken ones that are passed over are named aloud if ``say``.
+    ``log``: name the broken ones that are passed over.
 
     Raises:
-        FileNotFoundError: for a path that does not exist.
-        ValueError: for a path to a broken one, naming what is broken; for ``true`` when all there are are broken.
+        FileNotFoundError: a path that does not exist.
+        ValueError: a path to a broken one, naming what is broken; ``true`` where every checkpoint is broken.
     """
     if str(wanted).lower() != "true":
         folder = Path(wanted if isinstance(wanted, str) else str(wanted))
         if not folder.is_dir():
             raise FileNotFoundError(f"no checkpoint to resume from: {folder}")
-        wrong = fault(folder)
-        if wrong:
+        problem = fault(folder)
+        if problem:
             good = last_good(folder.parent)
             instead = f": the last good one beside it is {good}" if good else ", and beside it there is no good one"
-            raise ValueError(f"checkpoint {folder} {wrong}{instead}")
+            raise ValueError(f"checkpoint {folder} {problem}{instead}")
         return folder
-    there = checkpoints(output_dir)
+    found = list_all(output_dir)
     good, broken = None, []
-    for folder in there:
-        wrong = fault(folder)
-        if wrong is None:
+    for folder in found:
+        problem = fault(folder)
+        if problem is None:
             good = folder
             break
-        broken.append(f"{folder} {wrong}")
-    if there and good is None:
+        broken.append(f"{folder} {problem}")
+    if found and good is None:
         raise ValueError(
-            f"no checkpoint in {output_dir} is whole: {'; '.join(broken)}. Start afresh with "
+            f"no checkpoint in {output_dir} is complete: {'; '.join(broken)}. Start afresh with "
             "--resume_from_checkpoint false --overwrite_output_dir true"
         )
-    if broken and say:
+    if broken and log:
         logger.warning("passed over: %s. Going on from %s", "; ".join(broken), good)
     return good
-
-
-def check_agreed(folder: str | None) -> None:
-    """Raise ValueError when the processes found different checkpoints; to be called on every process."""
-    found = gather_object([folder and Path(folder).name])
-    if len(set(found)) > 1:
-        shown = ", ".join(f"process {index}: {name or 'none'}" for index, name in enumerate(found))
-        raise ValueError(
-            f"the processes see different checkpoints ({shown}): output_dir must be shared by all machines"
-        )
-
-
-# -- what one belongs to -------------------------------------------------------------------------------------------
-
-#: By part of an identity: how to go on when it differs.
-_ADVICE = {
-    "algorithm": "resume with the trainer that wrote it",
-    "model": "resume with the model it was trained on",
-    "trained": "resume with the same",
-    "dealing": "resume with the same",
-}
-#: Of the dealing: rows of all processes that an update sees. FlowConfig.check_batch says what would make them the same.
-ROWS_PER_UPDATE = "rows_per_update"
-
-
-def check_identity(folder: Path, run: dict[str, dict[str, Any]]) -> None:
-    """Raise ValueError, naming what differs and what would do, when a checkpoint is not of this ``run``.
-
-    ``run``: what is known of it so far, as in :meth:`align.engine.trainer.FlowTrainer.identity`. What only one of the two
-    knows is not compared, nor are the rows of an update.
-    """
-    wrong = fault(folder)
-    if wrong:
-        raise ValueError(f"checkpoint {folder} {wrong}")
-    stored = json.loads((folder / MANIFEST).read_text())
-    if stored["format"] > FORMAT:
-        raise ValueError(
-            f"checkpoint {folder} was written by flow-align {stored['version']} (format {stored['format']}) and this is "
-            f"{align.__version__}, which reads up to format {FORMAT}: install that version or a later one"
-        )
-    lora = stored["run"]["trained"]["tuning"] == "LoRA"
-    for part, advice in _ADVICE.items():
-        now, then = json.loads(json.dumps(run.get(part, {}))), stored["run"].get(part, {})
-        for name in [n for n in then if n in now and now[n] != then[n] and n not in ("name", ROWS_PER_UPDATE)]:
-            what = f"{name} is {now[name]!r} and was {then[name]!r}"
-            if part == "model":
-                what = f"the model is {now['name']} and was {then['name']} ({what})"
-            elif lora:
-                advice += f", or start a new run from its LoRA with --adapter {folder}"
-            raise ValueError(f"{what} when {folder} was written: {advice}")
-
-
-def stored_dealing(folder: Path) -> dict[str, Any]:
-    """What decided what an update was made of in the run that wrote a whole checkpoint."""
-    return json.loads((folder / MANIFEST).read_text()).get("run", {}).get("dealing", {})
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def written_whole(
-    final: Path, run: dict[str, Any], here: bool, limit: int | None = None, best: str | None = None
+def written(
+    final: Path, run: dict[str, Any], saves: bool, limit: int | None = None, best: str | None = None
 ) -> Iterator[Path]:
-    """A folder to write a checkpoint into; behind it the checkpoint is at ``final``, whole, or nothing has changed.
+    """Enter a context that gives a folder to write a checkpoint into; entered on every process.
 
-    To be entered on every process. ``run``: its identity. ``here``: this process is the one that keeps order on its
-    disk. ``limit``: whole checkpoints to keep, this one and ``best`` among them.
+    When it is left, the complete checkpoint is at ``final``, or nothing has changed.
 
-    Raises CheckpointError on every process when any of them could not write.
+    Args:
+        run: what the checkpoint belongs to.
+        saves: this process is the one that writes the list of files and removes old checkpoints.
+        limit: how many complete checkpoints to keep, this one and ``best`` among them.
+
+    Raises:
+        CheckpointError: on every process, when any of them could not write.
     """
     folder = final.parent / UNFINISHED / final.name
     error: Exception | None = None
-    if here:
+    if saves:
         try:
             _settle(final.parent)
             folder.mkdir(parents=True)
         except OSError as problem:
             error = problem
-    _agree_written(error, final, here)
+    _agree_written(error, final, saves)
     try:
         yield folder
     except (OSError, RuntimeError, SafetensorError) as problem:  # torch and safetensors say RuntimeError and their own
         error = problem
-    _agree_written(error, final, here)
-    if here:
+    _agree_written(error, final, saves)
+    if saves:
         try:
             _seal(folder, run)
             _put_in_place(folder, final)
         except OSError as problem:
             error = problem
-    _agree_written(error, final, here)
-    if here:
+    _agree_written(error, final, saves)
+    if saves:
         _rotate(final.parent, limit, {str(final), best})
 
 
-def _agree_written(error: Exception | None, final: Path, here: bool) -> None:
+def _agree_written(error: Exception | None, final: Path, saves: bool) -> None:
     """Wait for all processes; when one has an error, clean up and raise on all of them."""
-    said = None
+    message = None
     if error is not None:
         free = shutil.disk_usage(final.parent).free / 2**20
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}; {free:.1f} MiB were free"
-    failed = [(index, text) for index, text in enumerate(gather_object([said])) if text]
+        message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}; {free:.1f} MiB were free"
+    failed = [(index, text) for index, text in enumerate(gather_object([message])) if text]
     if not failed:
         return
-    if here:
+    if saves:
         shutil.rmtree(final.parent / UNFINISHED, ignore_errors=True)
     good, (index, text) = last_good(final.parent), failed[0]
     kept = f"the last good one is {good}" if good else "there is none before it"
@@ -216,9 +166,9 @@ def _agree_written(error: Exception | None, final: Path, here: bool) -> None:
 
 
 def _settle(output_dir: Path) -> None:
-    """Remove what an earlier process left half written; what lacks nothing but its name gets it."""
+    """Remove what an earlier process left half written; name what was written completely but not named yet."""
     unfinished = output_dir / UNFINISHED
-    for folder in checkpoints(unfinished):
+    for folder in list_all(unfinished):
         if fault(folder) is None and not (output_dir / folder.name).exists():
             folder.rename(output_dir / folder.name)
     if unfinished.exists():
@@ -226,7 +176,7 @@ def _settle(output_dir: Path) -> None:
 
 
 def _seal(folder: Path, run: dict[str, Any]) -> None:
-    """Bring all files to the disk, then the list of them."""
+    """Bring all files to the disk, then write the list of them."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     usual_modes(files)
     for path in files:
@@ -239,7 +189,7 @@ def _seal(folder: Path, run: dict[str, Any]) -> None:
 
 
 def usual_modes(files: Iterable[Path]) -> None:
-    """Give files the modes of any new one: safetensors makes them readable for their owner alone."""
+    """Give files the modes that any new file has: safetensors makes them readable for their owner alone."""
     umask = os.umask(0o077)
     os.umask(umask)
     for file in files:
@@ -256,7 +206,7 @@ def _sync(path: Path) -> None:
 
 
 def _put_in_place(folder: Path, final: Path) -> None:
-    """Give a sealed checkpoint its name; killed in between, :func:`_settle` does it."""
+    """Give a complete checkpoint its name; if the process is killed in between, :func:`_settle` does."""
     replaced = folder.with_name("replaced")
     if final.exists():
         final.rename(replaced)
@@ -269,8 +219,8 @@ def _rotate(output_dir: Path, limit: int | None, keep: set[str | None]) -> None:
     """Remove the oldest checkpoints beyond ``limit``, broken ones first, never those in ``keep``."""
     if not limit or limit < 1:
         return
-    there = checkpoints(output_dir)
-    others = [p for p in there if str(p) not in keep]
+    found = list_all(output_dir)
+    others = [p for p in found if str(p) not in keep]
     others.sort(key=lambda p: (fault(p) is None, p.stat().st_mtime_ns))
-    for folder in others[: max(0, len(there) - limit)]:
+    for folder in others[: max(0, len(found) - limit)]:
         shutil.rmtree(folder, ignore_errors=True)

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -12,7 +13,7 @@ from torch import nn
 
 
 def memory_peak_gib() -> float:
-    """The most memory this process has held so far: of its GPU if it has one, else its resident memory."""
+    """Return the most memory this process has held so far: of its GPU if it has one, else its resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, kilobytes on Linux
@@ -20,44 +21,54 @@ def memory_peak_gib() -> float:
 
 
 class ModelClock:
-    """Seconds that parts of a model compute: on a GPU by its own events, which nothing waits for, else by the wall."""
+    """Seconds that the modules of a model compute: on a GPU by its own events, which nothing waits for, else by the wall."""
 
     def __init__(self) -> None:
         self.counting = True
         self._seconds: dict[str, float] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._open: dict[str, Callable[[], None]] = {}
 
-    @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        """Add the time within to a part."""
-        ended = self._start(part)
-        yield
-        ended()
+    def begin(self, name: str) -> None:
+        """Count the time from here to :meth:`end` under ``name``."""
+        self._open[name] = self._start(name)
 
-    def _start(self, part: str) -> Callable[[], None]:
+    def end(self, name: str) -> None:
+        """End what :meth:`begin` began, if it did."""
+        if name in self._open:
+            self._open.pop(name)()
+
+    def _start(self, name: str) -> Callable[[], None]:
         if not self.counting:
             return lambda: None
         if torch.cuda.is_available():
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
-            self._events.append((part, first, last))
+            self._events.append((name, first, last))
             return last.record
         started = time.perf_counter()
 
         def ended() -> None:
-            self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - started
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
 
         return ended
 
     @contextmanager
-    def attached(self, parts: Mapping[str, Sequence[nn.Module]]) -> Iterator[None]:
-        """Within it every forward of these modules is counted to its part."""
+    def attached(self, modules: Mapping[str, Sequence[nn.Module]]) -> Iterator[None]:
+        """Enter a context in which every forward of these modules is counted under their name."""
         running: list[Callable[[], None]] = []
         hooks = []
-        for part, modules in parts.items():
-            for module in modules:
-                hooks.append(module.register_forward_pre_hook(lambda *_, p=part: running.append(self._start(p))))
-                hooks.append(module.register_forward_hook(lambda *_: running.pop()(), always_call=True))
+
+        def before(name: str) -> Callable[..., None]:
+            return lambda *_: running.append(self._start(name))
+
+        def after(*_: Any) -> None:
+            running.pop()()
+
+        for name, of_name in modules.items():
+            for module in of_name:
+                hooks.append(module.register_forward_pre_hook(before(name)))
+                hooks.append(module.register_forward_hook(after, always_call=True))
         try:
             yield
         finally:
@@ -65,11 +76,11 @@ class ModelClock:
                 hook.remove()
 
     def read(self) -> dict[str, float]:
-        """Seconds of each part since the last call; waits for the GPU."""
+        """Return the seconds of each name since the last call; waits for the GPU."""
         if self._events:
             torch.cuda.synchronize()
-        for part, first, last in self._events:
-            self._seconds[part] = self._seconds.get(part, 0.0) + first.elapsed_time(last) / 1000
+        for name, first, last in self._events:
+            self._seconds[name] = self._seconds.get(name, 0.0) + first.elapsed_time(last) / 1000
         seconds, self._seconds, self._events = self._seconds, {}, []
         return seconds
 
@@ -94,18 +105,18 @@ class RunMetrics:
         self.seconds = dict.fromkeys(self._phases, 0.0)
         self._images, self._paused = 0, 0.0
 
-    def record(self, **values: float) -> None:
+    def record(self, **values: float | list[float]) -> None:
         """Remember values until the next log line, which shows their mean (``ratio_min``, ``ratio_max``: extremes)."""
         for name, value in values.items():
-            self._values.setdefault(name, []).append(value)
+            self._values.setdefault(name, []).extend(value if isinstance(value, list) else [value])
 
     def count_images(self, images: int) -> None:
-        """Images sampled, over all processes."""
+        """Count sampled images, over all processes."""
         self._images += images
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Add the time within to a phase, less what other phases inside it took."""
+        """Enter a context whose time counts to a phase, less what other phases inside it took."""
         started, before = time.perf_counter(), sum(self.seconds.values())
         self._since = started if self._since is None else self._since
         yield
@@ -114,25 +125,25 @@ class RunMetrics:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens within is not of the updates: evaluation, checkpoints."""
+        """Enter a context whose time belongs to no update: evaluation, checkpoints."""
         started, self.models.counting = time.perf_counter(), False
         yield
         self.models.counting = True
         self._paused += time.perf_counter() - started
 
     def _where_time_went(self) -> dict[str, float]:
-        now, models = time.perf_counter(), self.models.read()
-        whole = now - (self._since or now) - self._paused
-        self._since = now
+        time_now, models = time.perf_counter(), self.models.read()
+        total = time_now - (self._since or time_now) - self._paused
+        self._since = time_now
         known = sum(models.values()) + self.seconds.get("reward", 0.0)
-        return {f"seconds_{part}": spent for part, spent in {**models, "outside_models": whole - known}.items()}
+        return {f"seconds_{name}": spent for name, spent in {**models, "outside_models": total - known}.items()}
 
     def drain(self) -> dict[str, float]:
-        """Everything since the last call; to be called on every process."""
+        """Return everything since the last call, over all processes; called on every process."""
         gathered = gather_object([(self._values, self.forward_equivalents, memory_peak_gib())])
         logs: dict[str, float] = {}
         for name in dict.fromkeys(name for values, *_ in gathered for name in values):
-            values = torch.tensor([v for part, *_ in gathered for v in part.get(name, [])])
+            values = torch.tensor([v for of_process, *_ in gathered for v in of_process.get(name, [])])
             reduced = {"ratio_min": values.min, "ratio_max": values.max}.get(name, values.nanmean)()
             logs[name] = reduced.item()
         if self._images:

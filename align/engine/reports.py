@@ -12,13 +12,11 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from align.models.loading import EMBEDDED
-
 _CAPTION, _GAP = 16, 4
 
 
 def image_grid(rows: Sequence[Sequence[Image.Image]], captions: Sequence[str], tile: int = 128) -> Image.Image:
-    """One row of images under each caption; ``tile`` is the side of a cell in pixels."""
+    """Draw one row of images under each caption; ``tile`` is the side of a cell in pixels."""
     columns = max(len(row) for row in rows)
     size = (columns * (tile + _GAP) + _GAP, len(rows) * (tile + _CAPTION + _GAP) + _GAP)
     canvas = Image.new("RGB", size, "white")
@@ -36,21 +34,21 @@ def image_grid(rows: Sequence[Sequence[Image.Image]], captions: Sequence[str], t
 
 
 def save_grid(images: Sequence[tuple[str, Sequence[Image.Image]]], folder: Path, step: int) -> None:
-    """``samples/step-N.png`` of a run folder, from (prompt, its images)."""
+    """Write ``samples/step-N.png`` of a run folder, from (prompt, its images)."""
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     grid = image_grid([row for _, row in images], [prompt for prompt, _ in images])
     grid.save(folder / "samples" / f"step-{step:06d}.png")
 
 
 def save_scores(rows: Sequence[dict[str, Any]], folder: Path, step: int) -> None:
-    """``samples/step-N.jsonl`` of a run folder: what each held-out prompt scored."""
+    """Write ``samples/step-N.jsonl`` of a run folder: what each held-out prompt scored."""
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (folder / "samples" / f"step-{step:06d}.jsonl").write_text(text, encoding="utf-8")
 
 
 def paired_errors(folder: Path) -> dict[str, float]:
-    """Standard error of each held-out change, prompt by prompt: both evaluations start from the same noise.
+    """Return the standard error of each held-out change, prompt by prompt: both evaluations start from the same noise.
 
     Names are those of :func:`held_out_changes`. Empty when the run was not evaluated before its first update.
     """
@@ -71,7 +69,7 @@ def paired_errors(folder: Path) -> dict[str, float]:
 
 
 def side_by_side(before: Path, after: Path, target: Path) -> None:
-    """``target``: the two grids next to each other under the words before and after."""
+    """Write to ``target`` the two grids next to each other, under the words before and after."""
     grids = [Image.open(path).convert("RGB") for path in (before, after)]
     width = sum(g.width for g in grids) + 3 * _GAP
     canvas = Image.new("RGB", (width, max(g.height for g in grids) + _CAPTION), "white")
@@ -84,40 +82,68 @@ def side_by_side(before: Path, after: Path, target: Path) -> None:
 
 
 def series(log_history: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of ``key`` in a ``trainer_state.json`` log."""
+    """Return steps and values of ``key`` in a ``trainer_state.json`` log."""
     points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
     return [s for s, _ in points], [v for _, v in points]
 
 
-def reward_curve(log_history: list[dict[str, Any]], target: Path) -> None:
-    """PNG of the training reward and of every held-out reward with its standard error."""
+def reward_curve(log_history: list[dict[str, Any]], target: Path, guards: Sequence[str] = ()) -> None:
+    """Draw :func:`reward_figure` as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    steps, values = series(log_history, "reward")
-    if steps:
-        axes.plot(steps, values, color="0.7", label="training reward")
-    keys = sorted({k for entry in log_history for k in entry if k.startswith("eval_") and f"{k}_se" in entry})
-    for key in keys:
-        steps, values = series(log_history, key)
-        errors = series(log_history, f"{key}_se")[1]
-        width = 2.5 if key == "eval_reward" else 1.2
-        axes.errorbar(
-            steps, values, yerr=errors, marker="o", linewidth=width, capsize=2, label=key.removeprefix("eval_")
-        )
-    axes.set(xlabel="optimizer update", ylabel="reward (held out: mean and standard error)")
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8)
+    figure = reward_figure(log_history, guards)
     figure.savefig(target, dpi=120)
     plt.close(figure)
 
 
+def reward_figure(log_history: list[dict[str, Any]], guards: Sequence[str] = ()) -> Any:
+    """Plot the training reward and every held-out measure with its standard error.
+
+    What is watched and not rewarded, guards (``guards``: the names of their data sets) and the diversity, has a plot of
+    its own below. Legends stand beside the plots.
+    """
+    import matplotlib.pyplot as plt
+
+    keys = sorted({k for entry in log_history for k in entry if k.startswith("eval_") and f"{k}_se" in entry})
+    watched = [key for key in keys if is_guard(key, guards)]
+    rewarded = [key for key in keys if key not in watched]
+    figure, axes = plt.subplots(
+        2 if watched else 1, figsize=(9, 7 if watched else 4), layout="constrained", sharex=True, squeeze=False
+    )
+    steps, values = series(log_history, "reward")
+    if steps:
+        axes[0, 0].plot(steps, values, color="0.7", label="training reward")
+    _plot_held_out(axes[0, 0], log_history, rewarded)
+    axes[0, 0].set_ylabel("reward (held out: mean and standard error)")
+    if watched:
+        _plot_held_out(axes[1, 0], log_history, watched)
+        axes[1, 0].set_ylabel("guards, not rewarded")
+    axes[-1, 0].set_xlabel("optimizer update")
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
+    return figure
+
+
+def is_guard(key: str, guards: Sequence[str]) -> bool:
+    """Whether a logged measure ``eval_...`` is watched for damage, not rewarded."""
+    return key == "eval_diversity" or any(key.startswith(f"eval_{name}_") for name in guards)
+
+
+def _plot_held_out(axis: Any, log_history: list[dict[str, Any]], keys: Sequence[str]) -> None:
+    for key in keys:
+        (steps, values), errors = series(log_history, key), series(log_history, f"{key}_se")[1]
+        width = 2.5 if key == "eval_reward" else 1.2
+        name = key.removeprefix("eval_")
+        axis.errorbar(steps, values, yerr=errors, marker="o", linewidth=width, capsize=2, label=name)
+
+
 def held_out_changes(log_history: list[dict[str, Any]]) -> list[tuple[str, float, float, float, float]]:
-    """(name, before, its standard error, after, its standard error) for every held-out reward of a run.
+    """List (name, before, its standard error, after, its standard error) for every held-out measure of a run.
 
     Before is NaN when the run was not evaluated before its first update.
     """
@@ -131,7 +157,7 @@ def held_out_changes(log_history: list[dict[str, Any]]) -> list[tuple[str, float
 
 
 def changes_table(log_history: list[dict[str, Any]], paired: dict[str, float] | None = None) -> str:
-    """Markdown table of :func:`held_out_changes`; ``paired``: the standard errors of the changes themselves."""
+    """Return :func:`held_out_changes` as a Markdown table; ``paired``: the standard errors of the changes themselves."""
     paired = paired or {}
     lines = ["| held-out measure | before | after | change |", "|---|---|---|---|"]
     for name, before, before_se, after, after_se in held_out_changes(log_history):
@@ -145,12 +171,12 @@ def changes_table(log_history: list[dict[str, Any]], paired: dict[str, float] | 
 
 
 def changed_settings(*settings: Any) -> dict[str, Any]:
-    """The fields of these dataclasses that differ from their defaults, secrets left out."""
+    """Return the fields of these dataclasses that differ from their defaults, secrets left out."""
     changed = {}
-    for part in settings:
-        for spec in fields(part):
+    for group in settings:
+        for spec in fields(group):
             default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
-            value = getattr(part, spec.name)
+            value = getattr(group, spec.name)
             value = value.value if isinstance(value, Enum) else value
             unset = not value and default in (None, False, "none", "")  # transformers fills these in as it likes
             plain = isinstance(value, (str, int, float, list, dict, type(None)))
@@ -159,9 +185,9 @@ def changed_settings(*settings: Any) -> dict[str, Any]:
     return changed
 
 
-def write_run_folder(folder: Path, log_history: list[dict[str, Any]], **card: Any) -> None:
-    """The pictures and the model card of a finished run; ``card`` is what :func:`model_card` takes besides."""
-    reward_curve(log_history, folder / "reward_curve.png")
+def write_run_folder(folder: Path, log_history: list[dict[str, Any]], guards: Sequence[str] = (), **card: Any) -> None:
+    """Write the pictures and the model card of a finished run; ``card`` is what :func:`model_card` takes besides."""
+    reward_curve(log_history, folder / "reward_curve.png", guards)
     pictures = ["reward_curve.png"]
     grids = sorted((folder / "samples").glob("step-*.png"))
     if len(grids) > 1 and grids[0].name == "step-000000.png":
@@ -177,6 +203,8 @@ def model_card(
     title: str,
     algorithm: str,
     base_model: str,
+    base_on_hub: bool,
+    loading_code: str,
     lora: bool,
     data: str,
     rewards: list[str],
@@ -184,26 +212,16 @@ def model_card(
     table: str,
     pictures: Sequence[str] = (),
 ) -> str:
-    """README.md of a run folder: what it is, how to load it, what it was made from, what changed."""
-    imports = [
-        "import torch",
-        f"from diffusers import QwenImagePipeline{'' if lora else ', QwenImageTransformer2DModel'}",
-    ]
-    base, front = repr(base_model), f"base_model: {json.dumps(base_model)}\n"
-    if base_model in EMBEDDED:  # not a name that diffusers knows
-        imports.append("from align.tiny import CHECKPOINT")
-        base, front = "CHECKPOINT", ""
-    part = 'QwenImageTransformer2DModel.from_pretrained("THIS_FOLDER", subfolder="transformer", dtype=torch.bfloat16)'
-    loading = 'pipe.load_lora_weights("THIS_FOLDER")' if lora else f"pipe.transformer = {part}"
-    code = "\n".join([*imports, "", f"pipe = QwenImagePipeline.from_pretrained({base}, dtype=torch.bfloat16)", loading])
+    """Return the README.md of a run folder: what it is, how to load it, what it was made from, what changed."""
+    base = f"base_model: {json.dumps(base_model)}\n" if base_on_hub else ""  # the hub refuses a name it does not know
     tags = "".join(
         f"- {tag}\n" for tag in ["text-to-image", "flow-align", algorithm.lower(), *(["lora"] if lora else [])]
     )
     sections = [
-        f"---\nlibrary_name: diffusers\n{front}tags:\n{tags}---",
+        f"---\nlibrary_name: diffusers\n{base}tags:\n{tags}---",
         f"# {title}",
         f"Trained with flow-align ({algorithm}) from `{base_model}`.",
-        f"```python\n{code}\n```",
+        f"```python\n{loading_code}\n```",
         f"## Result\n\n{table}",
         *(f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures),
         f"## Data and rewards\n\nTrained on {data}. Rewards: {', '.join(rewards) or 'none'}.",

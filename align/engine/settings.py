@@ -1,26 +1,82 @@
-"""Settings that every algorithm here shares, over transformers' own: what a run keeps, and how it shows samples."""
+"""Settings that every algorithm here shares, over transformers' own, and what a setting says of itself."""
 
-import logging
-import shutil
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin
 
 from transformers import TrainingArguments
 
-from align.engine import checkpoints
-from align.parallel.sharding import keep_models_whole
+from align.parallel.sharding import keep_zero3_from_loading
 from align.sampling.rollout import SamplingPlan
 
-logger = logging.getLogger(__name__)
 
-#: What a finished run leaves, besides a full fine-tune's folder and the pictures.
-FINISHED = ("pytorch_lora_weights.safetensors", "trainer_state.json")
+class Help(str):
+    """A field's line of ``--help``, which carries what else the field says of itself.
+
+    transformers' parsers hand every other key of a field's metadata to argparse, which would refuse it.
+
+    fixed_on_resume: it decides what an update is made of, so that a resumed run must not change it. least, above,
+    within: the numbers it may be.
+    """
+
+    fixed_on_resume: bool = False
+    least: float | None = None
+    above: float | None = None
+    within: tuple[float, float] | None = None
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with its line of ``--help``."""
-    return field(default=default, metadata={"help": help})
+def setting(
+    default: Any,
+    help: str,
+    *,
+    fixed_on_resume: bool = False,
+    least: float | None = None,
+    above: float | None = None,
+    within: tuple[float, float] | None = None,
+) -> Any:
+    """Declare a dataclass field with all that there is to say of it.
+
+    Args:
+        default: its default; a list or a mapping is copied.
+        help: its line of ``--help``.
+        fixed_on_resume: see :class:`Help`.
+        least, above, within: the numbers it may be: at least one, above one, in a closed interval. None always passes.
+    """
+    line = Help(help)
+    line.fixed_on_resume, line.least, line.above, line.within = fixed_on_resume, least, above, within
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata={"help": line})
+    return field(default=default, metadata={"help": line})
+
+
+def declared(settings: Any) -> list[tuple[str, Any, Help]]:
+    """List (name, type, help) of the fields that were declared by :func:`setting`."""
+    found = [(f.name, f.type, f.metadata.get("help")) for f in fields(settings)]
+    return [(name, kind, help) for name, kind, help in found if isinstance(help, Help)]
+
+
+def check_settings(settings: Any) -> None:
+    """Raise ValueError for the first value that its field does not allow; a config file's pass the parser unchecked."""
+    for name, kind, rule in declared(settings):
+        value = getattr(settings, name)
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, found {value!r}")
+        if value is None:
+            continue
+        if rule.least is not None and value < rule.least:
+            raise ValueError(f"{name} must be at least {rule.least}, found {value}")
+        if rule.above is not None and not value > rule.above:
+            raise ValueError(
+                f"{name} must be {'positive' if rule.above == 0 else f'above {rule.above}'}, found {value}"
+            )
+        if rule.within is not None and not rule.within[0] <= value <= rule.within[1]:
+            raise ValueError(f"{name} must lie in [{rule.within[0]}, {rule.within[1]}], found {value}")
+
+
+def values_of(settings: Any, fixed_on_resume: bool) -> dict[str, Any]:
+    """Return the values of this library's settings: those that a resume must not change, or the others."""
+    return {
+        name: getattr(settings, name) for name, _, rule in declared(settings) if rule.fixed_on_resume == fixed_on_resume
+    }
 
 
 @dataclass
@@ -29,70 +85,52 @@ class FlowConfig(TrainingArguments):
 
     learning_rate: float = setting(3e-4, "Initial learning rate.")
     logging_steps: float = setting(1, "Log every this many optimizer updates.")
+    seed: int = setting(42, "Of everything random in a run.", fixed_on_resume=True)
+    data_seed: int | None = setting(None, "Of the order of the data. Default: seed.", fixed_on_resume=True)
     remove_unused_columns: bool = setting(False, "Must stay false: rewards take columns by name.")
     dataloader_pin_memory: bool = setting(False, "Rows are text and small: there is nothing to pin.")
     ddp_find_unused_parameters: bool | None = setting(False, "Every trainable parameter gets a gradient.")
+    per_device_train_batch_size: int = setting(8, "Examples of one forward and backward on each process.", least=1)
+    gradient_accumulation_steps: int = setting(1, "Forwards and backwards of one update.", least=1)
     ema_decay: float | None = setting(
-        None, "Keep an exponential moving average of what is trained; evaluate and export it."
+        None, "Keep an exponential moving average of what is trained; evaluate and export it.", fixed_on_resume=True
     )
     overwrite_output_dir: bool = setting(
         False, "Start afresh in an output_dir that holds checkpoints of an earlier run."
     )
+
+    #: Settings of data and model, from a command line, that belong to the identity of the run as these here do.
+    fixed_beside: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    free_beside: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     check_memory: bool = setting(
         True, "Stop before loading when weights, gradients and optimizer alone are more than there is memory for."
     )
 
     # Sampling.
-    height: int = setting(512, "Pixels of a sampled image.")
-    width: int = setting(512, "Pixels of a sampled image.")
-    num_inference_steps: int = setting(30, "Denoising steps of a sample.")
+    height: int = setting(512, "Pixels of a sampled image.", fixed_on_resume=True)
+    width: int = setting(512, "Pixels of a sampled image.", fixed_on_resume=True)
+    num_inference_steps: int = setting(30, "Denoising steps of a sample.", least=2)  # one step has no second sigma
     guidance_scale: float = setting(1.0, "True classifier-free guidance; acts above 1, at twice the forwards.")
-    negative_prompt: str = setting(" ", "What guidance steers away from.")
-    rollout_batch_size: int = setting(16, "Images per forward while sampling.")
+    negative_prompt: str = setting(" ", "What guidance steers away from.", fixed_on_resume=True)
+    rollout_batch_size: int = setting(16, "Images per forward while sampling.", least=1)
 
     # Held-out evaluation, by the ODE.
-    num_generations_eval: int = setting(1, "Images per held-out prompt.")
-    eval_seed: int = setting(1234, "Seed of the held-out images' noise.")
-    num_grid_prompts: int = setting(8, "Prompts on the sample grid.")
-    max_failed_fraction: float = setting(0.1, "Share of a batch of images a reward may fail on before the run stops.")
+    num_generations_eval: int = setting(1, "Images per held-out prompt.", least=1)
+    eval_seed: int = setting(1234, "Seed of the held-out images' noise.", fixed_on_resume=True)
+    num_grid_prompts: int = setting(8, "Prompts on the sample grid.", least=0)
+    max_failed_fraction: float = setting(
+        0.1, "Share of a batch of images a reward may fail on before the run stops.", within=(0, 1)
+    )
 
     def __post_init__(self) -> None:
+        check_settings(self)
         super().__post_init__()
-        keep_models_whole()
+        keep_zero3_from_loading()
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie inside (0, 1), found {self.ema_decay}")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be false: rewards and trainers take data columns by name")
-        self.check_range("max_failed_fraction", 0, 1)
-        self.check_least("num_inference_steps", 2)  # one step has no second sigma
-        for name in ("rollout_batch_size", "num_generations_eval", "gradient_accumulation_steps"):
-            self.check_least(name, 1)
-        self.check_least("per_device_train_batch_size", 1)
-
-    # A config file's values pass the parser unchecked; these say what was found.
-
-    def check_choices(self, **choices: Any) -> None:
-        """Raise ValueError for a setting that is none of its Literal's values."""
-        for name, literal in choices.items():
-            if getattr(self, name) not in get_args(literal):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(literal))}, found {getattr(self, name)!r}")
-
-    def check_least(self, name: str, least: float) -> None:
-        """Raise ValueError for a number below ``least``; None passes."""
-        if getattr(self, name) is not None and getattr(self, name) < least:
-            raise ValueError(f"{name} must be at least {least}, found {getattr(self, name)}")
-
-    def check_positive(self, *names: str) -> None:
-        """Raise ValueError for a number that is not above 0; None passes."""
-        for name in names:
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
-
-    def check_range(self, name: str, low: float, high: float) -> None:
-        """Raise ValueError for a number outside [low, high]."""
-        if not low <= getattr(self, name) <= high:
-            raise ValueError(f"{name} must lie in [{low}, {high}], found {getattr(self, name)}")
 
     def check_evaluation(self, possible: bool) -> None:
         """Raise ValueError when evaluation is asked for and there is nothing to evaluate on."""
@@ -102,85 +140,33 @@ class FlowConfig(TrainingArguments):
             )
 
     def eval_plan(self) -> SamplingPlan:
-        """How held-out images are sampled: the plain ODE."""
-        return SamplingPlan(
-            height=self.height,
-            width=self.width,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            negative_prompt=self.negative_prompt,
-            batch_size=self.rollout_batch_size,
-        )
-
-    def clear_earlier_run(self) -> None:
-        """Remove what an earlier run left in output_dir, which would pass for this run's."""
-        folder = Path(self.output_dir)
-        for earlier in [*checkpoints.checkpoints(folder), folder / checkpoints.UNFINISHED]:
-            shutil.rmtree(earlier, ignore_errors=True)
-        for earlier in (folder / "samples", folder / "rollouts", folder / "transformer"):
-            shutil.rmtree(earlier, ignore_errors=True)
-        for name in (*FINISHED, "before_after.png", "reward_curve.png", "README.md"):
-            (folder / name).unlink(missing_ok=True)
+        """Return how held-out images are sampled: by the plain ODE."""
+        return plan_of(self)
 
     def keeps_reference(self) -> bool:
         """Whether the model as it was before training is run beside it."""
         return False
 
-    def whole_copy(self) -> str | None:
-        """Which of these settings keeps a second copy of what is trained, whole on every process, if any does."""
+    def full_copy(self) -> str | None:
+        """Name the setting that keeps a second, full copy of what is trained on every process, if one does."""
         return f"ema_decay {self.ema_decay}" if self.ema_decay else None
 
+    def order_seed(self) -> int:
+        """Return the seed of the order of the data."""
+        return self.seed if self.data_seed is None else self.data_seed
+
     def rows_per_update(self) -> int:
-        """Rows of all processes that one update sees: per_device_train_batch_size x accumulation x processes."""
+        """Return the rows of all processes that one update sees: batch size x accumulation x processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
 
-    def dealing(self) -> dict[str, Any]:
-        """What decides what an update is made of: the same when a run is resumed, or it is another run."""
-        return {checkpoints.ROWS_PER_UPDATE: self.rows_per_update()}
 
-    def check_batch(self, folder: Path) -> None:
-        """Raise ValueError, with values that would do, when an update would see other rows than the checkpoint's did."""
-        then, now = checkpoints.stored_dealing(folder).get(checkpoints.ROWS_PER_UPDATE), self.rows_per_update()
-        if then in (None, now):
-            return
-        size, accumulation, world = self.per_device_train_batch_size, self.gradient_accumulation_steps, self.world_size
-        ways = []
-        if then % (accumulation * world) == 0:
-            ways.append(f"--per_device_train_batch_size {then // (accumulation * world)}")
-        if then % (size * world) == 0:
-            ways.append(f"--gradient_accumulation_steps {then // (size * world)}")
-        if then % (size * accumulation) == 0:
-            ways.append(f"--num_processes {then // (size * accumulation)}")
-        if not ways and then % world == 0:
-            ways.append(f"--per_device_train_batch_size {then // world} --gradient_accumulation_steps 1")
-        if not ways:
-            ways.append(f"a number of processes that divides {then}")
-        raise ValueError(
-            f"per_device_train_batch_size {size} x gradient_accumulation_steps {accumulation} x {world} processes = {now} "
-            f"rows an update, and it was {then} when {folder} was written: resume with {' or '.join(ways)}"
-        )
-
-    def checkpoint_to_resume(self) -> str | None:
-        """The folder that ``resume_from_checkpoint`` means (``true``: the last whole one in output_dir), if any.
-
-        ``true`` without any checkpoint starts afresh: so does a run that is started again after it died early.
-
-        Raises as :func:`align.engine.checkpoints.find`, and FileExistsError when an earlier run would be overwritten.
-        """
-        wanted = self.resume_from_checkpoint
-        resume = wanted is not None and str(wanted).lower() != "false"
-        if resume:
-            folder = checkpoints.find(str(self.output_dir), str(wanted), say=self.process_index == 0)
-            if folder is not None:
-                return str(folder)
-        there = checkpoints.checkpoints(str(self.output_dir))
-        left = [there[0].name] if there else [n for n in FINISHED if (Path(str(self.output_dir)) / n).exists()]
-        if left and not self.overwrite_output_dir:
-            go_on = "--resume_from_checkpoint true to go on from it, " if there else ""
-            raise FileExistsError(
-                f"{self.output_dir} holds {left[0]} of an earlier run: pass {go_on}--overwrite_output_dir true to "
-                "start afresh, or another --output_dir"
-            )
-        if resume and self.process_index == 0:
-            logger.warning("%s holds no checkpoint to resume from yet: starting afresh", self.output_dir)
-        return None
+def plan_of(settings: Any) -> SamplingPlan:
+    """Return the ODE plan that settings with these six names describe."""
+    return SamplingPlan(
+        height=settings.height,
+        width=settings.width,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        negative_prompt=settings.negative_prompt,
+        batch_size=settings.rollout_batch_size,
+    )

@@ -22,12 +22,12 @@ NOTED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupt:
-    """The signals in NOTED are noted in :attr:`received`, for whoever looks there; a second SIGINT stops at once.
+    """Notes the signals in NOTED in :attr:`received`; a second SIGINT stops at once.
 
     Use it in ``with``, or :meth:`catch` the signals and :meth:`restore` them.
 
     Args:
-        answer: what is printed when the first signal comes, behind its name.
+        answer: printed when the first signal comes, behind its name.
     """
 
     def __init__(self, answer: str) -> None:
@@ -43,7 +43,7 @@ class Interrupt:
         os.write(1, f"\n{self.received}: {self.answer}\n".encode())
 
     def catch(self) -> None:
-        """From here on signals are noted."""
+        """Note signals from here on."""
         self.received = None
         if sys.platform == "linux" and os.environ.keys() & {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}:
             # `accelerate launch` passes no signal on, torchrun not all: ask the kernel for a SIGTERM when it dies.
@@ -54,7 +54,7 @@ class Interrupt:
             logger.warning("outside the main thread: no signal will end this run in good order")
 
     def restore(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Restore the handlers that the signals had before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
@@ -68,7 +68,7 @@ class Interrupt:
 
 
 def bound_waiting(seconds: float) -> None:
-    """A process that waits longer for another one ends with an error: in every process group that there is now.
+    """Set how long a process waits for another before it ends with an error, in every process group that exists now.
 
     DeepSpeed makes groups of its own, which the time-out given to the launcher does not reach.
     """
@@ -80,7 +80,7 @@ def bound_waiting(seconds: float) -> None:
 
 
 class InterruptCallback(TrainerCallback):
-    """SIGINT (Ctrl-C), SIGTERM, SIGUSR1: finish the update, write a checkpoint, stop. A second SIGINT stops at once."""
+    """Ends a run on SIGINT (Ctrl-C), SIGTERM or SIGUSR1: after the update, with a checkpoint. A second SIGINT stops at once."""
 
     def __init__(self) -> None:
         self.signals = Interrupt("finishing this update, then writing a checkpoint.")
@@ -99,5 +99,5 @@ class InterruptCallback(TrainerCallback):
             self.stopped = control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Restore the handlers that the signals had before."""
         self.signals.restore()

@@ -45,7 +45,7 @@ def _grouped(values: Tensor, num_generations: int) -> Tensor:
 
 
 def _centre(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores (P, G) less their group's mean, the group's sample std (P, 1), and which rows are live (P, G)."""
+    """Return scores (P, G) less their group's mean, the group's sample std (P, 1), and which rows are live (P, G)."""
     known = ~scores.isnan()
     count = known.sum(1, keepdim=True)
     centred = scores - scores.nansum(1, keepdim=True) / count.clamp(min=1)
@@ -58,7 +58,7 @@ def _centre(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _weights(weights: Tensor | None, rewards: Tensor) -> Tensor:
-    """(N, R) weights, from None (all 1), (R,) or (N, R)."""
+    """Return (N, R) weights, from None (all 1), (R,) or (N, R)."""
     if weights is None:
         return torch.ones_like(rewards)
     if weights.shape not in (rewards.shape[1:], rewards.shape):
@@ -69,7 +69,7 @@ def _weights(weights: Tensor | None, rewards: Tensor) -> Tensor:
 
 
 def combine_rewards(rewards: Tensor, weights: Tensor | None, num_generations: int) -> Tensor:
-    """(N, R) raw rewards to (N,) weighted sums, NaN where an image cannot be compared with its group.
+    """Sum (N, R) raw rewards to (N,), weighted; NaN where an image cannot be compared with its group.
 
     A reward that scored no image of a group does not apply to that prompt (a word reward on a prompt without a word)
     and is left out for the whole group. A reward that scored some but not all leaves the missing images unscored.
@@ -92,7 +92,7 @@ def group_advantages(
     aggregation: Aggregation = "sum_then_normalize",
     clip: float | None = None,
 ) -> GroupAdvantages:
-    """A_i = (R_i - mean(R)) / (std(R) + 1e-4) over the images of one prompt (report eq. 4).
+    """Return A_i = (R_i - mean(R)) / (std(R) + 1e-4) over the images of one prompt (report eq. 4).
 
     Args:
         rewards: (N, R) or (N,), NaN for not scored, groups of ``num_generations`` consecutive rows.
@@ -128,18 +128,19 @@ def group_advantages(
 
 
 def extremes(group: GroupAdvantages, num_generations: int, keep: int) -> GroupAdvantages:
-    """The same with only ``keep`` live images a group: half with the highest advantages, half with the lowest.
+    """Keep only ``keep`` live images a group: half with the highest advantages, half with the lowest.
 
     The odd one is a best one. The rest have advantage 0 and carry no gradient, as in DanceGRPO's best-of-N
     (arXiv 2505.07818); advantages are those of the whole group. Of equal images the first.
     """
     values, live = group.advantages.view(-1, num_generations), group.live.view(-1, num_generations)
 
-    def first(scores: Tensor, count: int) -> Tensor:
-        places = scores.masked_fill(~live, torch.inf).argsort(stable=True, dim=1).argsort(dim=1)
-        return places < count
+    def lowest(scores: Tensor, count: int) -> Tensor:
+        order = scores.masked_fill(~live, torch.inf).argsort(stable=True, dim=1)
+        rank = order.argsort(dim=1)  # the inverse of a permutation: the place of each image in the order
+        return rank < count
 
-    kept = live & (first(-values, keep - keep // 2) | first(values, keep // 2))
+    kept = live & (lowest(-values, keep - keep // 2) | lowest(values, keep // 2))
     return group._replace(advantages=values.masked_fill(~kept, 0.0).flatten(), live=kept.flatten())
 
 
@@ -159,7 +160,7 @@ class BestWorst(NamedTuple):
 def best_worst(
     rewards: Tensor, num_generations: int, weights: Tensor | None = None, min_margin: float = 0.0
 ) -> BestWorst:
-    """The best and the worst image of each prompt, by the weighted sum of (N, R) rewards, NaN for not scored.
+    """Find the best and the worst image of each prompt, by the weighted sum of (N, R) rewards, NaN for not scored.
 
     Of equal images the first. A group whose scores are all equal but for rounding, or differ by less than
     ``min_margin``, or with fewer than two scores, makes no pair.
@@ -174,12 +175,12 @@ def best_worst(
 
 
 def _std(values: Tensor) -> Tensor:
-    """Sample standard deviation, 0 for fewer than two values."""
+    """Return the sample standard deviation, 0 for fewer than two values."""
     return values.std() if values.numel() > 1 else values.new_zeros(())
 
 
 def _normalize_then_sum(rewards: Tensor, weights: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """(P, G) advantages and which are live: each reward normalised in its group, their weighted sum over the batch."""
+    """Return (P, G) advantages and which are live: each reward normalised in its group, their weighted sum over the batch."""
     scored = ~total.isnan()
     advantages = torch.zeros_like(total)
     for column, weight in zip(rewards.unbind(1), weights.unbind(1), strict=True):

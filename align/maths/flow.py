@@ -5,7 +5,7 @@ One convention everywhere: ``sigma`` in [0, 1] is the noise level, 1 is pure noi
     noisy    = (1 - sigma) * latents + sigma * noise
     velocity = noise - latents
 
-which is what diffusers' ``FlowMatchEulerDiscreteScheduler`` integrates and ``QwenImageTransformer2DModel`` predicts.
+which is what diffusers' ``FlowMatchEulerDiscreteScheduler`` integrates and Qwen-Image's transformer predicts.
 A sampler steps from ``sigma`` down to ``sigma_next``. The Qwen-Image report (arXiv 2508.02324) writes its eq. 1-2 in
 the time 1 - sigma and with the opposite sign; its eq. 6-7 are already in noise-level time, as Flow-GRPO's
 (arXiv 2505.05470) are. All arithmetic is float32 whatever the model's dtype: log-probabilities of samples that are
@@ -25,13 +25,13 @@ Solver = Literal["euler", "ab2"]
 
 
 def per_sample(value: Tensor | float, like: Tensor) -> Tensor:
-    """Float32 ``value``, a number or of shape (B,), shaped to broadcast against ``like`` of shape (B, ...)."""
+    """Return float32 ``value``, a number or of shape (B,), shaped to broadcast against ``like`` of shape (B, ...)."""
     value = torch.as_tensor(value, dtype=torch.float32, device=like.device)
     return value.reshape(-1, *[1] * (like.dim() - 1)) if value.dim() else value
 
 
 def reduce_dims(values: Tensor, reduction: Reduction) -> Tensor:
-    """(B, ...) to (B,), by the mean or the sum over every dimension but the first."""
+    """Reduce (B, ...) to (B,), by the mean or the sum over every dimension but the first."""
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
     flat = values.flatten(1)
@@ -39,7 +39,7 @@ def reduce_dims(values: Tensor, reduction: Reduction) -> Tensor:
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
-    """The point at noise level ``sigma`` on the straight path from data to noise (report eq. 1).
+    """Return the point at noise level ``sigma`` on the straight path from data to noise (report eq. 1).
 
     ``latents`` and ``noise`` are (B, ...), ``sigma`` a number or (B,).
     """
@@ -48,19 +48,19 @@ def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
-    """d noisy / d sigma along the path: what the model learns (report eq. 2, in noise-level time)."""
+    """Return d noisy / d sigma along the path, which the model learns (report eq. 2, in noise-level time)."""
     return noise.float() - latents.float()
 
 
 def logit_normal_sigma(
     batch_size: int, mean: float = 0.0, std: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
-    """(B,) training noise levels sigmoid(N(mean, std^2)) in (0, 1), before the scheduler's resolution shift."""
+    """Draw (B,) training noise levels sigmoid(N(mean, std^2)) in (0, 1), before the scheduler's resolution shift."""
     return torch.sigmoid(mean + std * torch.randn(batch_size, generator=generator))
 
 
 def guided_velocity(velocity: Tensor, velocity_negative: Tensor, guidance_scale: float) -> Tensor:
-    """Qwen-Image's true classifier-free guidance, rescaled per token to the norm of the conditional velocity.
+    """Apply Qwen-Image's true classifier-free guidance, rescaled per token to the norm of the conditional velocity.
 
     ``velocity`` and ``velocity_negative`` are (B, tokens, channels). Differentiable in both.
     """
@@ -70,7 +70,7 @@ def guided_velocity(velocity: Tensor, velocity_negative: Tensor, guidance_scale:
 
 
 def ode_step(latents: Tensor, velocity: Tensor, sigma: Tensor | float, sigma_next: Tensor | float) -> Tensor:
-    """One Euler step of the probability-flow ODE, as ``FlowMatchEulerDiscreteScheduler.step`` takes it."""
+    """Take one Euler step of the probability-flow ODE, as ``FlowMatchEulerDiscreteScheduler.step`` takes it."""
     delta = per_sample(sigma_next, latents) - per_sample(sigma, latents)
     return latents.float() + delta * velocity.float()
 
@@ -78,7 +78,7 @@ def ode_step(latents: Tensor, velocity: Tensor, sigma: Tensor | float, sigma_nex
 def ab2_velocity(
     velocity: Tensor, sigma: float, sigma_next: float, velocity_before: Tensor | None, sigma_before: float
 ) -> Tensor:
-    """The velocity that makes :func:`ode_step` a step of the second-order Adams-Bashforth method.
+    """Return the velocity that makes :func:`ode_step` a step of the second-order Adams-Bashforth method.
 
     The velocity is carried on along the line through this step's and ``velocity_before``, of the step that began at
     ``sigma_before``, to the middle of the step. It needs no forward more than Euler's method. ``velocity_before`` is
@@ -119,7 +119,7 @@ class StochasticSampler:
     def moments(
         self, latents: Tensor, velocity: Tensor, sigma: Tensor | float, sigma_next: Tensor | float
     ) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the transition from ``sigma`` to ``sigma_next``.
+        """Return mean and standard deviation of the transition from ``sigma`` to ``sigma_next``.
 
         Returns ``mean`` shaped like ``latents`` and ``std``, broadcastable to it: the *full* standard deviation of
         the transition, sqrt of the step included. Differentiable in ``velocity``.
@@ -148,7 +148,7 @@ class StochasticSampler:
         noise: Tensor | None = None,
         next_latents: Tensor | None = None,
     ) -> "Transition":
-        """The one function behind sampling (give ``noise``) and replay (give ``next_latents``).
+        """Sample a transition (give ``noise``) or replay one (give ``next_latents``).
 
         Args:
             latents, velocity: (B, ...). sigma, sigma_next: (B,).
@@ -181,7 +181,7 @@ class StochasticSampler:
 
 @dataclass
 class Transition:
-    """A batch of sampler steps: all that the policy loss and the KL need, in float32.
+    """A batch of sampler steps, with all that the policy loss and the KL need, in float32.
 
     latents, next_latents, mean: (B, ...). sigma, sigma_next, log_prob: (B,). std: (B, 1, ...).
     """
@@ -198,12 +198,13 @@ class Transition:
         return Transition(**{name: value[rows] for name, value in vars(self).items()})
 
     @staticmethod
-    def cat(parts: list["Transition"]) -> "Transition":
-        return Transition(**{name: torch.cat([getattr(p, name) for p in parts]) for name in vars(parts[0])})
+    def cat(batches: list["Transition"]) -> "Transition":
+        """Join batches, one after the other."""
+        return Transition(**{name: torch.cat([getattr(b, name) for b in batches]) for name in vars(batches[0])})
 
 
 def gaussian_log_prob(value: Tensor, mean: Tensor, std: Tensor, reduction: Reduction = "mean") -> Tensor:
-    """(B,) log-density of an isotropic Gaussian, per dimension (``mean``) or joint (``sum``). Report eq. 5.
+    """Return the (B,) log-density of an isotropic Gaussian, per dimension (``mean``) or joint (``sum``). Report eq. 5.
 
     ``value`` and ``mean`` are (B, ...), ``std`` broadcasts against them.
     """

@@ -1,5 +1,6 @@
 """The losses, as pure functions: flow matching, the clipped policy gradient of GRPO and its KL, DPO and DiffusionNFT."""
 
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -9,13 +10,24 @@ from torch.nn.functional import logsigmoid
 from align.maths.flow import Reduction, per_sample, reduce_dims
 
 
+@dataclass(frozen=True)
+class LossResult:
+    """The loss of a micro-batch, and what is to be logged of it.
+
+    loss: scalar, with gradient. metrics: name to a value, or to a value for each row where logs show the mean over rows.
+    """
+
+    loss: Tensor
+    metrics: dict[str, float | list[float]] = field(default_factory=dict)
+
+
 def flow_matching_loss(velocity: Tensor, target: Tensor) -> Tensor:
-    """(B,) mean squared error between predicted and target velocity, both (B, ...). Report eq. 2."""
+    """Return the (B,) mean squared error between predicted and target velocity, both (B, ...). Report eq. 2."""
     return reduce_dims((velocity.float() - target.float()) ** 2, "mean")
 
 
 def gaussian_kl(mean: Tensor, mean_ref: Tensor, std: Tensor, reduction: Reduction = "mean") -> Tensor:
-    """(B,) KL divergence between two Gaussian transitions that share ``std``. Report eq. 8.
+    """Return the (B,) KL divergence between two Gaussian transitions that share ``std``. Report eq. 8.
 
     With ``sum`` it is the KL of the transition in nats, with ``mean`` the same per latent dimension; use the
     reduction of the log-probability. Differentiable in ``mean``: the policy's velocity must reach it with gradient.
@@ -34,7 +46,7 @@ class PolicyLoss(NamedTuple):
 def grpo_policy_loss(
     log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, epsilon_low: float, epsilon_high: float
 ) -> PolicyLoss:
-    """-min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A) with r = exp(log_prob - old_log_prob). Report eq. 5.
+    """Return -min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A), r = exp(log_prob - old_log_prob). Report eq. 5.
 
     Args:
         log_prob: (B,) under the policy being trained, with gradient.
@@ -78,7 +90,7 @@ def dpo_loss(
     loss_type: DPOLossType = "sigmoid",
     label_smoothing: float = 0.0,
 ) -> DPOLoss:
-    """Preference loss on flow-matching errors. Report eq. 3 (with Diffusion-DPO, arXiv 2311.12908, eq. 14).
+    """Return the preference loss on flow-matching errors. Report eq. 3 (with Diffusion-DPO, arXiv 2311.12908, eq. 14).
 
     Each error, (P,), is :func:`flow_matching_loss` of one image of the pair, by the policy (with gradient) or by the
     reference, all four at the same noise and noise level. The implicit reward of an image is beta x (its error under
@@ -128,7 +140,7 @@ def nft_loss(
     mixing: float,
     adaptive: bool = True,
 ) -> NFTLoss:
-    """r |v+ - v|^2 + (1 - r) |v- - v|^2: the objective of DiffusionNFT (arXiv 2509.16117).
+    """Return r |v+ - v|^2 + (1 - r) |v- - v|^2, the objective of DiffusionNFT (arXiv 2509.16117).
 
     v+ = (1 - mixing) v_old + mixing v_theta and v- = (1 + mixing) v_old - mixing v_theta are the implicit positive and
     negative policy. The gradient in v_theta is 2 mixing [mixing (v_theta - v_old) + (2 r - 1) (v_old - v)] per dimension:
@@ -154,7 +166,7 @@ def nft_loss(
 
 
 def _nft_error(velocity: Tensor, target: Tensor, sigma: Tensor, adaptive: bool) -> Tensor:
-    """(B,) errors of one implicit policy."""
+    """Return the (B,) errors of one implicit policy."""
     if not adaptive:
         return flow_matching_loss(velocity, target)
     error = per_sample(sigma, target) * (velocity - target)

@@ -1,75 +1,97 @@
 """What a model must offer to be trained here. Trainers and the rollout know nothing else of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from align.parallel.memory import Counts
 from preference_data.cache import TensorCache
+from preference_data.images import ImageSource
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an image is generated from: a prompt, and the input images of an edit."""
+
+    prompt: str
+    images: tuple[ImageSource, ...] = ()
 
 
 class FlowModel(Protocol):
-    """A flow-matching image model: a denoiser that is trained, and frozen parts around it.
+    """A flow-matching image model: a denoiser that is trained, and frozen modules around it.
 
-    ``Condition`` below is whatever :meth:`encode_prompts` returns for one prompt; callers only hand it back.
+    ``Condition`` below is whatever :meth:`encode` returns for one request; callers only hand it back.
     Latents are normalised and packed, (B, tokens, channels), float32.
     """
 
-    #: The denoiser, the only part that is trained.
+    #: The denoiser, the only module that is trained.
     transformer: nn.Module
     #: Whether an adapter is attached (and is what is trained).
     adapter: bool
-    #: Where the frozen parts do their work. The trainer sets it; the transformer is placed by its launcher.
+    #: Where the frozen modules do their work. The trainer sets it; the transformer is placed by its launcher.
     device: torch.device
-    #: Where encoded prompts are kept on disk, if anywhere.
-    prompt_cache: TensorCache | None
+    #: Where encoded requests are kept on disk, if anywhere. The trainer sets it.
+    condition_cache: TensorCache | None
 
-    def parts(self) -> dict[str, list[nn.Module]]:
-        """The modules that do the computing, by what they are called in the log: ``transformer``, ``vae``, ..."""
+    def timed_modules(self) -> dict[str, list[nn.Module]]:
+        """Return the modules that compute, by their names in the log: ``transformer``, ``vae``, ..."""
         ...
 
-    @property
-    def cell(self) -> int:
-        """Pixels along the side of one latent token: height and width are multiples of it."""
+    def parameter_counts(self) -> Counts:
+        """Return the numbers of parameters that the memory sums are made from."""
         ...
 
-    def encode_prompts(self, prompts: list[str]) -> list[Any]:
-        """One condition per prompt. Each distinct prompt is encoded once and remembered.
+    # -- frozen modules --------------------------------------------------------------------------------------------
+
+    def encode(self, requests: Sequence[Request]) -> list[Any]:
+        """Return one condition per request. Each distinct request is encoded once and remembered.
 
         Conditions of one call belong together: rows of them, batched in any way, give the same velocities.
         """
         ...
 
     def encode_images(self, images: list[Image.Image], height: int, width: int) -> Tensor:
-        """(B, tokens, channels) clean latents of ``images``."""
+        """Return the (B, tokens, channels) clean latents of ``images``."""
         ...
 
     def decode_latents(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
-        """The images of clean ``latents``."""
+        """Return the images of clean ``latents``."""
+        ...
+
+    def fingerprint(self, module: str) -> str:
+        """Return a hex digest of all that ``module`` (``vae`` or ``text_encoder``) computes from."""
+        ...
+
+    # -- geometry and schedule -------------------------------------------------------------------------------------
+
+    @property
+    def cell(self) -> int:
+        """Pixels along the side of one latent token: height and width are multiples of it."""
         ...
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int]:
-        """(tokens, channels) of one image. Raises ValueError when the resolution does not divide."""
+        """Return (tokens, channels) of one image.
+
+        Raises:
+            ValueError: the resolution does not divide; it names the nearest sizes that do.
+        """
         ...
 
     def sigmas(self, num_inference_steps: int, height: int, width: int) -> Tensor:
-        """(steps + 1,) decreasing noise levels, from 1 to 0, as the model's own sampler uses at this resolution."""
+        """Return the (steps + 1,) noise levels, from 1 down to 0, of the model's own sampler at this resolution."""
         ...
 
     def shift_sigma(self, sigma: Tensor, height: int, width: int) -> Tensor:
-        """Noise levels in (0, 1) drawn for training, shifted as the model's schedule is at this resolution."""
+        """Shift noise levels in (0, 1), drawn for training, as the model's schedule is at this resolution."""
         ...
 
-    def fingerprint(self, part: str) -> str:
-        """Hex digest of all that ``part`` (``vae`` or ``text_encoder``) computes from: weights and settings."""
-        ...
-
-    def identity(self) -> dict[str, dict[str, Any]]:
-        """What a checkpoint belongs to: ``model``, the transformer it started from, and ``trained``, what of it is."""
-        ...
+    # -- velocity --------------------------------------------------------------------------------------------------
 
     def velocity(
         self,
@@ -83,38 +105,50 @@ class FlowModel(Protocol):
         negative: Any | None = None,
         transformer: nn.Module | None = None,
     ) -> Tensor:
-        """(B, tokens, channels) float32 velocity at noise level ``sigma`` (B,), guided when guidance_scale > 1.
+        """Return the (B, tokens, channels) float32 velocity at noise level ``sigma`` (B,).
 
-        ``transformer`` is the launcher's wrapper of :attr:`transformer` (DDP, a DeepSpeed engine), or a reference.
+        It is guided where ``guidance_scale`` is above 1. ``transformer`` is the launcher's wrapper of
+        :attr:`transformer` (DDP, a DeepSpeed engine), or a reference.
         """
         ...
 
+    # -- what is trained -------------------------------------------------------------------------------------------
+
     def add_lora(self, config: Any) -> list[str]:
-        """Freeze the base and attach a fresh adapter; returns the names of targets left out because they are dead."""
+        """Freeze the base and attach a fresh adapter; return the targets left out because no gradient reaches them."""
         ...
 
-    def load_adapter(self, folder: str) -> None:
-        """Go on training the adapter saved in ``folder``."""
+    def load_adapter(self, folder: str | Path) -> None:
+        """Load the adapter saved in ``folder``, to train it further."""
         ...
 
     def unfreeze(self) -> list[str]:
-        """Make the whole transformer trainable; returns the names of parameters that cannot receive a gradient."""
+        """Make the whole transformer trainable; return the parameters left out because no gradient reaches them."""
         ...
 
     def keep_reference(self) -> None:
-        """Remember the present weights as the reference: free with an adapter, a frozen copy without one."""
+        """Keep the present weights as the reference: free with an adapter, a frozen copy without one."""
         ...
 
     def share_reference(self, share: Callable[[nn.Module], nn.Module]) -> None:
-        """Put what ``share`` makes of the reference's frozen copy in its place, if it is one."""
+        """Replace the reference's frozen copy, if there is one, by what ``share`` makes of it."""
         ...
 
     def reference(self, transformer: nn.Module) -> AbstractContextManager[nn.Module]:
-        """Within it, the module to give :meth:`velocity` for the reference's velocity."""
+        """Enter a context that gives the module whose velocity is the reference's."""
         ...
 
-    def save(self, folder: str, state_dict: dict[str, Tensor]) -> None:
-        """Write the adapter, or the whole transformer where none is attached, in the form that the family's stock loader
-        reads; ``state_dict`` has its tensors by the transformer's names for them.
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """Return what a checkpoint belongs to: ``model``, the transformer it started from, and ``trained``."""
+        ...
+
+    def save(self, folder: str | Path, state_dict: dict[str, Tensor]) -> None:
+        """Write the adapter, or without one the whole transformer, as the family's stock loader reads it.
+
+        ``state_dict`` holds the tensors under the transformer's names for them.
         """
+        ...
+
+    def loading_code(self, base_model: str, folder: str) -> str:
+        """Return Python code that loads what :meth:`save` wrote to ``folder`` into stock diffusers."""
         ...

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,21 +14,21 @@ from align.tiny import CHECKPOINT
 
 #: Names that travel with the package.
 EMBEDDED = {"tiny": CHECKPOINT}
-#: What a folder in the layout of Qwen/Qwen-Image holds.
-PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+#: What makes a folder one of a diffusers pipeline: it lists the pipeline's modules, each in a folder of its own.
+INDEX = "model_index.json"
 
 
-def nearest(word: str, choices: "set[str] | list[str] | tuple[str, ...]") -> str:
-    """ " Did you mean 'x'?" or the choices there are: the end of an error message."""
+def nearest(word: str, choices: Collection[str]) -> str:
+    """Return " Did you mean 'x'?", or the choices there are: the end of an error message."""
     close = get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else f" There are: {', '.join(sorted(choices))}."
 
 
 def resolve_folder(name: str | Path) -> Path:
-    """The local folder of a model: an embedded name, a path, or a hub name that is, or can be, downloaded.
+    """Return the local folder of a model: an embedded name, a path, or a hub name that is, or can be, downloaded.
 
     Raises:
-        FileNotFoundError: for a path that does not exist, a folder without a part, or a hub name out of reach.
+        FileNotFoundError: a path that does not exist, a folder that lacks a module, or a hub name out of reach.
     """
     if str(name) in EMBEDDED:
         return _checked(EMBEDDED[str(name)])
@@ -47,12 +48,16 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    patterns = ["model_index.json", *(f"{part}/*" for part in PARTS)]
+    def fetch(cached: bool) -> Path:
+        index = Path(snapshot_download(name, allow_patterns=[INDEX], local_files_only=cached))
+        patterns = [INDEX, *(f"{module}/*" for module in _modules(index))]
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=cached))
+
     try:
         try:  # what is in the cache serves without asking the hub
-            return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+            return fetch(cached=True)
         except LocalEntryNotFoundError:
-            return Path(snapshot_download(name, allow_patterns=patterns))
+            return fetch(cached=False)
     except Exception as error:  # a hub out of reach raises a dozen unrelated types, from several libraries
         raise FileNotFoundError(
             f"model {name!r} is not in the local cache and the hub did not give it ({type(error).__name__}). On a "
@@ -61,31 +66,20 @@ def _download(name: str) -> Path:
         ) from error
 
 
+def _modules(folder: Path) -> list[str]:
+    """Return the modules that a pipeline's folder must hold: the pairs [library, class] of its index."""
+    index = json.loads((folder / INDEX).read_text())
+    return [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
+
+
 def _checked(folder: Path) -> Path:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise FileNotFoundError(f"{folder} holds no model_index.json: it is not a diffusers pipeline folder")
-    for part in PARTS:
-        if not (folder / part).is_dir() or not any((folder / part).iterdir()):
-            raise FileNotFoundError(f"model folder {folder} has no {part!r} (needs: {', '.join(PARTS)})")
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(f"{folder} holds no {INDEX}: it is not a diffusers pipeline folder")
+    modules = _modules(folder)
+    for module in modules:
+        if not (folder / module).is_dir() or not any((folder / module).iterdir()):
+            raise FileNotFoundError(f"model folder {folder} has no {module!r} (needs: {', '.join(modules)})")
     return folder
-
-
-def latent_cell(folder: Path) -> int:
-    """Pixels per latent token side, read from the VAE's config without loading it."""
-    config = json.loads((folder / "vae" / "config.json").read_text())
-    return 2 ** len(config["temperal_downsample"]) * 2
-
-
-def check_resolution(folder: Path, height: int, width: int) -> None:
-    """Raise ValueError, naming the nearest sizes that would do, when a resolution does not divide."""
-    cell = latent_cell(folder)
-    for key, value in (("height", height), ("width", width)):
-        if value < cell or value % cell:
-            below = max(cell, value // cell * cell)
-            raise ValueError(
-                f"{key} {value} must be a positive multiple of {cell}: the nearest are {below} and {below + cell}"
-            )
 
 
 #: Bytes of a weight file that are looked at to tell a model by: this many, at as many places.
@@ -93,13 +87,14 @@ _LOOKED_AT = (4096, 64)
 
 
 def describe_transformer(name: str, folder: Path) -> dict[str, Any]:
-    """What tells a model's transformer from another: its name, its config, and a digest of some of its weights."""
-    part, digest = folder / "transformer", hashlib.sha256()
-    for file in sorted(part.glob("*.safetensors")):
+    """Return what tells a model's transformer from another: its name, its config, a digest of some of its weights."""
+    transformer, digest = folder / "transformer", hashlib.sha256()
+    for file in sorted(transformer.glob("*.safetensors")):
         with file.open("rb") as stored:
             _digest_some(stored, file.stat().st_size, digest)
-    config = json.loads((part / "config.json").read_text())
-    return {"name": name, "weights": digest.hexdigest()[:16]} | {k: v for k, v in config.items() if k[0] != "_"}
+    config = json.loads((transformer / "config.json").read_text())
+    settings = {key: value for key, value in config.items() if key[0] != "_"}
+    return {"name": name, "weights": digest.hexdigest()[:16]} | settings
 
 
 def _digest_some(stored: BinaryIO, size: int, digest: Any) -> None:
@@ -113,7 +108,7 @@ def _digest_some(stored: BinaryIO, size: int, digest: Any) -> None:
 
 
 def digest_adapter(folder: str | Path) -> str:
-    """What tells a LoRA's folder from another: a digest of its weights."""
+    """Return a digest of the weights in a LoRA's folder."""
     digest = hashlib.sha256()
     for file in sorted(Path(folder).glob("*.safetensors")):
         digest.update(file.read_bytes())
@@ -121,10 +116,10 @@ def digest_adapter(folder: str | Path) -> str:
 
 
 def digest_module(module: nn.Module, about: list[Any]) -> str:
-    """What tells a part of a model from another: a digest of all its weights, and of what else is said ``about`` it."""
+    """Return a digest of all weights of a module, and of the settings ``about`` it, which JSON can hold."""
     digest = hashlib.sha256()
-    for said in about:
-        digest.update(json.dumps(said, default=str, sort_keys=True).encode())
+    for settings in about:
+        digest.update(json.dumps(settings, default=str, sort_keys=True).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -22,11 +22,11 @@ class SingleFrameConv3d(QwenImageCausalConv3d):
         return conv2d(x[:, :, 0], weight, self.bias, stride, (top, left), dilation, self.groups).unsqueeze(2)
 
 
-def speed_up_images(part: nn.Module) -> None:
+def speed_up_images(module: nn.Module) -> None:
     """Let a VAE, its encoder or its decoder pass single images two to five times as fast (tests/bench/vae.py).
 
     Changes the class of its convolutions in place: weights, their names and what several frames give stay as they were.
     """
-    for module in part.modules():
-        if type(module) is QwenImageCausalConv3d:
-            module.__class__ = SingleFrameConv3d
+    for convolution in module.modules():
+        if type(convolution) is QwenImageCausalConv3d:
+            convolution.__class__ = SingleFrameConv3d

@@ -10,8 +10,9 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from align.engine.matching import MatchingBatch
+from align.models.contract import Request
 from align.offline.latents import Example, LatentStore
-from align.offline.settings import MatchingConfig
+from align.offline.settings import OfflineConfig
 from align.sampling.noise import seeded_generator, seeded_noise
 from preference_data.buckets import Bucket
 
@@ -36,8 +37,8 @@ class DrawnExamples(Dataset):
 class BucketSampler(Sampler):
     """Every example once an epoch, in an order that is a function of (seed, epoch), in batches of one bucket.
 
-    ``batch_size`` is that of an optimizer update over all processes: however it is split, every part has one size. A
-    bucket that does not fill its last batch fills it with examples drawn from it again (:attr:`repeated` of them).
+    ``batch_size`` is that of an optimizer update over all processes: however it is split, every micro-batch has one size.
+    A bucket that does not fill its last batch fills it with examples drawn from it again (:attr:`repeated` of them).
     """
 
     def __init__(self, buckets: Sequence[Bucket], batch_size: int, seed: int) -> None:
@@ -68,25 +69,26 @@ class BucketSampler(Sampler):
 
 
 def draw_batch(
-    rows: Sequence[Drawn], store: LatentStore, args: MatchingConfig, device: torch.device, drop: float = 0.0
+    rows: Sequence[Drawn], store: LatentStore, args: OfflineConfig, device: torch.device, drop: float = 0.0
 ) -> MatchingBatch:
-    """Latents, noise and noise levels of the drawn examples; a share ``drop`` of the prompts becomes negative."""
+    """Draw noise and noise levels for examples; a share ``drop`` of the prompts becomes the negative one."""
     bucket = rows[0][0].bucket
     latents = torch.stack([store.latents(example) for example, _ in rows])
     streams = [seeded_generator((args.seed, "sigma", place)) for _, place in rows]
     sigma = args.draw_sigma(streams, store.model, bucket)
     dropped = [torch.rand((), generator=stream).item() < drop for stream in streams]
-    prompts = [args.negative_prompt if d else e.prompt for d, (e, _) in zip(dropped, rows, strict=True)]
+    negative = Request(args.negative_prompt)
+    requests = [negative if drop_it else e.request for drop_it, (e, _) in zip(dropped, rows, strict=True)]
     noise = torch.stack([seeded_noise((args.seed, "noise", place), latents.shape[2:]) for _, place in rows])
-    return MatchingBatch(latents.to(device), noise.to(device), sigma.to(device), prompts, bucket)
+    return MatchingBatch(latents.to(device), noise.to(device), sigma.to(device), requests, bucket)
 
 
 def held_out_batch(
-    example: Example, row: int, store: LatentStore, args: MatchingConfig, device: torch.device
+    example: Example, row: int, store: LatentStore, args: OfflineConfig, device: torch.device
 ) -> MatchingBatch:
-    """One held-out example at ``eval_sigmas`` evenly spaced noise levels, with noise that no run changes."""
+    """Noise one held-out example to ``eval_sigmas`` evenly spaced levels, with noise that no run changes."""
     levels, bucket = args.eval_sigmas, example.bucket
     latents = store.latents(example)[None].expand(levels, -1, -1, -1)
     noise = torch.stack([seeded_noise((args.eval_seed, "held out", row, n), latents.shape[2:]) for n in range(levels)])
     sigma = store.model.shift_sigma((torch.arange(levels) + 0.5) / levels, *bucket)
-    return MatchingBatch(latents.to(device), noise.to(device), sigma.to(device), [example.prompt] * levels, bucket)
+    return MatchingBatch(latents.to(device), noise.to(device), sigma.to(device), [example.request] * levels, bucket)

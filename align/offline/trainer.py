@@ -10,67 +10,65 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from align.engine.matching import MatchingBatch
-from align.engine.trainer import FlowTrainer
-from align.models.contract import FlowModel
+from align.engine.trainer import FlowTrainer, ModelSource
+from align.models.contract import Request
+from align.models.families import Deferred
 from align.offline.examples import BucketSampler, DrawnExamples, held_out_batch
 from align.offline.latents import Example, LatentStore
-from align.offline.settings import MatchingConfig
+from align.offline.settings import OfflineConfig
 from preference_data.buckets import make_buckets
+from preference_data.cache import TensorCache
 from preference_data.images import ImageSource
-from rewards import load_rewards
 
 logger = logging.getLogger(__name__)
 
 
-class MatchingTrainer(FlowTrainer):
+class OfflineTrainer(FlowTrainer):
     """A trainer on images: SFT and DPO differ in what a row is, and in the loss of a batch.
 
     Args:
+        model: see :class:`align.engine.trainer.FlowTrainer`.
         train_dataset, eval_dataset: iterables of schema objects of ``preference_data``.
         on_bad_row: ``error`` or ``skip``, for an image that cannot be decoded.
         others: see :class:`align.engine.trainer.FlowTrainer`.
     """
 
-    args: MatchingConfig
+    args: OfflineConfig
 
     def __init__(
         self,
-        model: FlowModel | str,
-        args: MatchingConfig,
+        model: ModelSource,
+        args: OfflineConfig,
         train_dataset: Iterable[Any],
         eval_dataset: Iterable[Any] | None = None,
         *,
-        rewards: list[Any] | None = None,
         on_bad_row: str = "error",
         **others: Any,
     ) -> None:
-        if isinstance(model, str):
-            from align.models.qwen_image import QwenImage
-
-            model = QwenImage.from_pretrained(model)
-        resolution = args.bucket_resolution(model.cell)
-        buckets = make_buckets(resolution, model.cell, args.max_aspect_ratio)
-        scored_by = load_rewards(rewards) if rewards else []
-        super().__init__(model, args, None, eval_dataset, rewards=scored_by, **others)
-        self.store = LatentStore(self.flow, args.cache_dir, buckets, on_bad_row)
+        model = Deferred.of(model)
+        cell = model.outline.cell
+        buckets = make_buckets(args.bucket_resolution(cell), cell, args.max_aspect_ratio)
+        super().__init__(model, args, None, eval_dataset, **others)
+        self.flow.condition_cache = cache = TensorCache(args.cache_dir) if args.cache_dir else None
+        self.store = LatentStore(self.flow, cache, buckets, on_bad_row)
         self.train_dataset = DrawnExamples(
-            self.store.prepare(map(self.images_of, train_dataset), "training data", [args.negative_prompt])
+            self.store.prepare(map(self.images_of, train_dataset), "training data", [Request(args.negative_prompt)])
         )
         self.held_out: list[Example] = []
         if eval_dataset is not None:
             self.held_out = self.store.prepare(map(self.images_of, eval_dataset), "held-out data")
         self._report_buckets()
 
-    def images_of(self, record: Any) -> tuple[str, list[ImageSource]]:
-        """(prompt, the images that are trained on together) of a record."""
+    def images_of(self, record: Any) -> tuple[Request, list[ImageSource]]:
+        """Return (request, the images that are trained on together) of a record."""
         raise NotImplementedError
 
     def held_out_errors(self, batch: MatchingBatch) -> Tensor:
-        """(levels, values) of one held-out example, from which :meth:`held_out_summary` is made."""
+        """Return the (levels, values) of one held-out example, from which :meth:`held_out_summary` is made."""
         raise NotImplementedError
 
     def held_out_summary(self, values: Tensor, prefix: str) -> dict[str, float]:
-        """Metrics from (examples, levels, values)."""
+        """Return metrics from (examples, levels, values)."""
         raise NotImplementedError
 
     def _report_buckets(self) -> None:
@@ -83,14 +81,15 @@ class MatchingTrainer(FlowTrainer):
                 logger.warning(
                     "%d examples in %d buckets, batches of %d: an epoch repeats %d of them to fill its batches. A smaller "
                     "batch or max_aspect_ratio wastes less",
-                    *(len(self.train_dataset), len(sizes), sampler.batch_size, sampler.repeated),
+                    len(self.train_dataset),
+                    len(sizes),
+                    sampler.batch_size,
+                    sampler.repeated,
                 )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
-        args = self.args
-        update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        seed = args.data_seed if args.data_seed is not None else args.seed
-        return BucketSampler([example.bucket for example in self.train_dataset.examples], update, seed)
+        buckets = [example.bucket for example in self.train_dataset.examples]
+        return BucketSampler(buckets, self.args.rows_per_update(), self.args.order_seed())
 
     def get_train_dataloader(self) -> Any:
         return self._get_dataloader(
@@ -102,7 +101,7 @@ class MatchingTrainer(FlowTrainer):
         )
 
     def held_out_metrics(self, eval_dataset: Any, prefix: str) -> dict[str, float]:
-        """The held-out loss, if there is held-out data, and the samples of held-out prompts."""
+        """Measure the held-out loss, if there is held-out data, and the samples of held-out prompts."""
         examples = self.held_out
         if eval_dataset is not None and eval_dataset is not self.eval_dataset:
             examples = self.store.prepare(map(self.images_of, eval_dataset), "held-out data")
@@ -113,7 +112,7 @@ class MatchingTrainer(FlowTrainer):
 
     @torch.no_grad()
     def _measure(self, examples: Sequence[Example]) -> Tensor:
-        """(examples, levels, values) in the order of the data, on every process."""
+        """Return (examples, levels, values) in the order of the data, on every process."""
         mine: dict[int, list[list[float]]] = {}
         index, count = self.args.process_index, self.args.world_size
         # Every process takes as many turns, or a sharded model would wait for forwards that never come.
@@ -122,9 +121,9 @@ class MatchingTrainer(FlowTrainer):
             batch = held_out_batch(examples[row], row, self.store, self.args, self.accelerator.device)
             with self.compute_loss_context_manager():
                 mine[row] = self.held_out_errors(batch).tolist()
-        rows = {row: values for part in gather_object([mine]) for row, values in part.items()}
+        rows = {row: values for of_process in gather_object([mine]) for row, values in of_process.items()}
         return torch.tensor([rows[row] for row in sorted(rows)], dtype=torch.float64)
 
     def level_names(self) -> list[str]:
-        """The noise levels of the held-out loss, before the schedule's shift, as metrics are called by them."""
+        """Return the noise levels of the held-out loss, before the schedule's shift, as they stand in the metrics' names."""
         return [f"{(n + 0.5) / self.args.eval_sigmas:.2f}" for n in range(self.args.eval_sigmas)]

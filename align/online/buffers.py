@@ -1,6 +1,7 @@
-"""What one rollout leaves to train on, transitions, noised images or pairs, dealt out in micro-batches."""
+"""What one rollout leaves to train on, transitions or noised images, given out in micro-batches."""
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -11,21 +12,140 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from align.maths.flow import StochasticSampler, Transition
-from align.sampling.noise import seeded_noise
-from align.sampling.rollout import first_places
+from align.models.contract import Request
+from align.sampling.noise import distinct, seeded_noise
 
 #: In a checkpoint: what is left of a rollout on process {} of {}.
-PART = "rollout-{}-of-{}.safetensors"
+PROCESS_FILE = "rollout-{}-of-{}.safetensors"
+#: In the key of the random order of a rollout's rows. Another word would be another order.
+ORDER = "deal"
+
+Encode = Callable[[Sequence[Request]], list[Any]]
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How a process splits a pass over a rollout into micro-batches.
+
+    micro_batches: of one pass. per_update: micro-batches that make one update. process: (index, count). keep_in_step:
+    never give an empty micro-batch, since the processes wait for each other. saves: this process writes what is the same
+    on all of them.
+    """
+
+    micro_batches: int
+    per_update: int
+    process: tuple[int, int]
+    keep_in_step: bool
+    saves: bool = True
+
+    @property
+    def updates(self) -> int:
+        """Updates of one pass."""
+        return self.micro_batches // self.per_update
+
+
+def even_share(total: int, index: int, shares: int) -> slice:
+    """Return share ``index`` of ``total`` things that are split as evenly as they can be."""
+    return slice(total * index // shares, total * (index + 1) // shares)
+
+
+@dataclass(kw_only=True)
+class RolloutBuffer:
+    """What the buffers of single images share: ``copies`` rows of each of N images, stored copy by copy.
+
+    requests, conditions: of the N images on this process. live: (images of all processes,) which carry gradient. first:
+    place of this process's first image among them. rollout_index: number of the rollout. seed: of the order in which
+    all processes' rows are given out. batching: how this process splits them.
+    """
+
+    requests: list[Request]
+    conditions: list[Any]
+    live: Tensor
+    first: int
+    rollout_index: int
+    seed: int
+    batching: Batching
+
+    def _select_rows(
+        self, index: int, copies: int, dead_too: bool, starts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose the rows of micro-batch ``index`` of the passes; each pass gives out the live rows in another order.
+
+        The order is drawn over all processes' rows, and each process takes its own rows of an update: an update is the
+        same whatever the number of processes. A process spreads its rows of an update evenly over its micro-batches:
+        where a pass makes one update, none is larger than the batch size; where it makes several, at most as many times
+        as there are updates, should all its rows fall into one.
+
+        Args:
+            dead_too: give out every row.
+            starts: (images of all processes,) the first image with the same first copy; such copies stay together.
+
+        Returns:
+            copy, image: (rows,) which row of which of this process's images.
+            weight: (rows,) 1, or 0 for a row that only keeps processes in step.
+        """
+        batching, images, total = self.batching, len(self.requests), len(self.live)
+        pass_index, micro_batch = divmod(index, batching.micro_batches)
+        chosen = torch.ones_like(self.live) if dead_too else self.live
+        rows = chosen.repeat(copies).nonzero().flatten()  # copy by copy, all processes' images in each
+        draw_of = torch.arange(copies * total)  # rows with one draw between them stand next to each other
+        if starts is not None:
+            draw_of[:total] = starts
+        noise = seeded_noise((self.seed, self.rollout_index, ORDER, pass_index), (copies * total,))
+        draws = noise[draw_of[rows]]
+        rows = rows[draws.argsort(stable=True)]  # one random order over all processes' rows
+        update, micro_batch = divmod(micro_batch, batching.per_update)
+        rows = rows[even_share(len(rows), update, batching.updates)]
+        copy, image = rows // total, rows % total - self.first
+        mine = ((image >= 0) & (image < images)).nonzero().flatten()
+        mine = mine[even_share(len(mine), micro_batch, batching.per_update)]
+        if not len(mine) and batching.keep_in_step:
+            return torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(1)
+        return copy[mine], image[mine], torch.ones(len(mine))
+
+    def save(self, folder: Path) -> None:
+        """Write what is left to train on into a checkpoint; called on every process."""
+        facts: dict[str, Any] = {"prompts": prompts_of(self.requests)}
+        facts |= {name: getattr(self, name) for name in ("first", "rollout_index", "seed")} | self._facts()
+        file = folder / PROCESS_FILE.format(*self.batching.process)
+        write_buffer(file, self._rows() | {"live": self.live}, facts)
+
+    @classmethod
+    def load(cls, folder: Path, batching: Batching, device: torch.device, encode: Encode) -> Self:
+        """Read this process's share of what was written by as many processes, or by another number of them.
+
+        Raises FileNotFoundError when the file of a process is missing.
+        """
+        rows, facts = _read_share(folder, batching.process)
+        live = rows.pop("live")
+        rows = {name: value.to(device) for name, value in rows.items()}
+        requests = [Request(prompt) for prompt in facts.pop("prompts")]
+        shared = {"requests": requests, "conditions": encode(requests), "live": live, "batching": batching}
+        return cls._made(rows, facts | shared)
+
+    def _rows(self) -> dict[str, Tensor]:
+        """Return what is kept of each image, or of each of its copies, by name: (N, ...) or (copies * N, ...)."""
+        raise NotImplementedError
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what else is kept of the rollout, for JSON."""
+        return {}
+
+    @classmethod
+    def _made(cls, rows: dict[str, Tensor], rest: dict[str, Any]) -> Self:
+        """Make a buffer of :meth:`_rows` and everything else."""
+        return cls(**{**rows, **rest})
 
 
 @dataclass
 class MicroBatch:
-    """Some transitions of a rollout, steps mixed.
+    """Some transitions of a rollout, steps mixed, with all that the loss needs.
 
-    images: which of the rollout's images on this process each row belongs to. advantages, weights: (rows,); a weight is
-    0 for a row that only keeps processes in step. step_positions: (rows,) index into the rollout's stochastic steps.
-    nominal_size: rows there would be, dead ones included, by which the loss is divided. distinct: rows whose latents,
-    noise level and prompt no row before them has: only these need a velocity. branch: of every row, which of them it is.
+    transition: R rows. images: R, which of this process's images each row belongs to. advantages, weights: (R,); a
+    weight is 0 for a row that only keeps processes in step. step_positions: (R,) index into the rollout's stochastic
+    steps. nominal_size: rows there would be, dead ones included, by which the loss is divided. sampler: of the policy.
+    distinct: D rows whose latents, noise level and condition no row before them has: only these need a velocity.
+    conditions: of these D rows. velocity_of: R, which of the D velocities is each row's.
     """
 
     transition: Transition
@@ -34,101 +154,21 @@ class MicroBatch:
     weights: Tensor
     step_positions: Tensor
     nominal_size: float
+    sampler: StochasticSampler
     distinct: list[int]
-    branch: list[int]
+    conditions: list[Any]
+    velocity_of: list[int]
 
     def __len__(self) -> int:
         return len(self.images)
 
 
 @dataclass(kw_only=True)
-class RolloutBuffer:
-    """What the buffers of single images share: the dealing of ``copies`` rows of each of N images, copy by copy.
-
-    prompts: of those N images, which are on this process. live: (all images of all processes,) which carry gradient.
-    first: place of this process's first image among them. update: number of the rollout. micro_batches: parts of one
-    pass over it. per_update: how many of them make one optimizer update. seed: of the order in which all processes' rows
-    are dealt. keep_one: never deal an empty part (processes must stay in step).
-    """
-
-    prompts: list[str]
-    live: Tensor
-    first: int
-    update: int
-    micro_batches: int
-    per_update: int
-    seed: int
-    keep_one: bool
-
-    def _deal(
-        self, index: int, copies: int, dead_too: bool, starts: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(copy, image, weight) of the rows of part ``index``; each pass deals the live rows in another order.
-
-        The order is drawn over all processes' rows, and each takes its own of an update: that is the same whatever the
-        number of processes. What it has there it spreads evenly over its parts: where a pass makes one update,
-        none is larger than the batch size; where it makes several, at most as many times as there are updates, should
-        all its rows fall into one. ``dead_too`` deals every row. ``starts``: (all images,) the first image that has the
-        same first copy; such copies are dealt one after the other. A weight is 0 for a row that only keeps processes in
-        step.
-        """
-        number, part = divmod(index, self.micro_batches)
-        images = len(self.prompts)
-        alive = torch.ones_like(self.live) if dead_too else self.live
-        rows = alive.repeat(copies).nonzero().flatten()  # copy by copy, all processes' images in each
-        place = torch.arange(copies * len(self.live))
-        if starts is not None:
-            place[: len(starts)] = starts
-        drawn = seeded_noise((self.seed, self.update, "deal", number), (len(place),))
-        rows = rows[drawn[place[rows]].argsort(stable=True)]
-        update, part = divmod(part, self.per_update)
-        rows = rows[_part(len(rows), update, self.micro_batches // self.per_update)]
-        copy, image = rows // len(self.live), rows % len(self.live) - self.first
-        own = ((image >= 0) & (image < images)).nonzero().flatten()
-        own = own[_part(len(own), part, self.per_update)]
-        copy, image = copy[own], image[own]
-        if len(image) or not self.keep_one:
-            return copy, image, torch.ones(len(image))
-        return torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(1)
-
-    def save(self, folder: Path, process: tuple[int, int]) -> None:
-        """Write what is left to train on into a checkpoint, as safetensors; ``process``: (index, count)."""
-        tensors = {name: value.contiguous().cpu() for name, value in (self._rows() | {"live": self.live}).items()}
-        said = {name: getattr(self, name) for name in ("prompts", "first", "update", "seed")} | self._facts()
-        save_file(tensors, folder / PART.format(*process), metadata={"rollout": json.dumps(said)})
-
-    @classmethod
-    def load(cls, folder: Path, process: tuple[int, int], device: torch.device, **parts: int | bool) -> Self:
-        """The part of process (index, count) of what was written by as many processes, or by another number of them.
-
-        ``parts``: micro_batches, per_update and keep_one as they are now. Raises FileNotFoundError when a process's part is
-        missing.
-        """
-        rows, rest = _read_part(folder, process)
-        live = rows.pop("live")
-        rows = {name: value.to(device) for name, value in rows.items()}
-        return cls._made(rows, rest | {"live": live} | parts)
-
-    def _rows(self) -> dict[str, Tensor]:
-        """What is kept of each image, or of each of its copies, by name: (N, ...) or (copies * N, ...)."""
-        raise NotImplementedError
-
-    def _facts(self) -> dict[str, Any]:
-        """What else is kept of the rollout, for JSON."""
-        return {}
-
-    @classmethod
-    def _made(cls, rows: dict[str, Tensor], rest: dict[str, Any]) -> Self:
-        """A buffer of :meth:`_rows` and everything else."""
-        return cls(**{**rows, **rest})
-
-
-@dataclass(kw_only=True)
 class TransitionBuffer(RolloutBuffer):
     """The transitions of a rollout on one process: K steps of its N images, as K * N rows, step by step.
 
-    advantages: of those N images. starts: of each image of all processes, the first one with the same initial noise;
-    None where all differ. Others: see :class:`RolloutBuffer`.
+    advantages: (N,). steps: K indices. starts: of each image of all processes, the first one with the same initial
+    noise; None where all differ. Others: see :class:`RolloutBuffer`.
     """
 
     transitions: Transition
@@ -138,23 +178,26 @@ class TransitionBuffer(RolloutBuffer):
     starts: list[int] | None = None
 
     def micro_batch(self, index: int, dead_too: bool = False) -> MicroBatch:
-        """Part ``index`` of the passes over this rollout; ``dead_too`` deals every row, to check them."""
-        steps, images, device = len(self.steps), len(self.prompts), self.advantages.device
+        """Return micro-batch ``index`` of the passes over this rollout; ``dead_too`` gives out every row, to check them."""
+        steps, images, device = len(self.steps), len(self.requests), self.advantages.device
         starts = None if self.starts is None else torch.tensor(self.starts)
-        step, image, weights = self._deal(index, steps, dead_too, starts)
+        step, image, weights = self._select_rows(index, steps, dead_too, starts)
         # Up to the first stochastic step images with the same initial noise are one.
-        own = self.first + image
-        begun = own if starts is None else torch.where(step == 0, starts[own], own)
-        distinct, branch = first_places(list(zip(step.tolist(), begun.tolist(), strict=True)))
+        place = self.first + image
+        point = place if starts is None else torch.where(step == 0, starts[place], place)
+        first, velocity_of = distinct(list(zip(step.tolist(), point.tolist(), strict=True)))
+        chosen = image.tolist()
         return MicroBatch(
             transition=self.transitions[(step * images + image).to(device)],
-            images=image.tolist(),
+            images=chosen,
             advantages=self.advantages[image.to(device)],
             weights=weights.to(device),
             step_positions=step,
-            nominal_size=steps * images / self.micro_batches,
-            distinct=distinct,
-            branch=branch,
+            nominal_size=steps * images / self.batching.micro_batches,
+            sampler=self.sampler,
+            distinct=first,
+            conditions=[self.conditions[chosen[row]] for row in first],
+            velocity_of=velocity_of,
         )
 
     def _rows(self) -> dict[str, Tensor]:
@@ -172,11 +215,11 @@ class TransitionBuffer(RolloutBuffer):
 
 @dataclass
 class PointBatch:
-    """P images of a rollout at noise levels.
+    """P images of a rollout at noise levels, with all that the loss needs.
 
     latents, noise: (P, tokens, channels). sigma, optimality: (P,). old_velocity: like latents, of the policy that drew
     the images, None where that is still the one being trained. rows: (P,) of the buffer. images, weights, nominal_size:
-    as in :class:`MicroBatch`.
+    as in :class:`MicroBatch`. conditions: P.
     """
 
     latents: Tensor
@@ -186,6 +229,7 @@ class PointBatch:
     old_velocity: Tensor | None
     rows: Tensor
     images: list[int]
+    conditions: list[Any]
     weights: Tensor
     nominal_size: float
 
@@ -199,7 +243,7 @@ class PointBuffer(RolloutBuffer):
 
     latents: (N, tokens, channels). sigma: (K * N,) noise levels. optimality: (N,) how good the images are, 0..1.
     old_velocity: (K * N, tokens, channels) of the policy that drew them, where it is needed. Others: see
-    :class:`RolloutBuffer`; the noise of a row is keyed by seed, update, image and level.
+    :class:`RolloutBuffer`; the noise of a row is keyed by seed, rollout, image and level.
     """
 
     latents: Tensor
@@ -208,13 +252,13 @@ class PointBuffer(RolloutBuffer):
     old_velocity: Tensor | None = None
 
     def micro_batch(self, index: int) -> PointBatch:
-        """Part ``index`` of the passes over this rollout; each pass has the same noise, dealt in another order."""
-        images, device = len(self.prompts), self.latents.device
-        level, image, weights = self._deal(index, len(self.sigma) // images, dead_too=False)
+        """Return micro-batch ``index`` of the passes over this rollout; each pass has the same noise in another order."""
+        images, device = len(self.requests), self.latents.device
+        level, image, weights = self._select_rows(index, len(self.sigma) // images, dead_too=False)
         rows, shape = (level * images + image).to(device), self.latents.shape[1:]
         keys = zip((self.first + image).tolist(), level.tolist(), strict=True)
-        noise = [seeded_noise((self.seed, self.update, "noise", *key), shape) for key in keys]
-        latents = self.latents[image.to(device)]
+        noise = [seeded_noise((self.seed, self.rollout_index, "noise", *key), shape) for key in keys]
+        latents, chosen = self.latents[image.to(device)], image.tolist()
         return PointBatch(
             latents=latents,
             noise=torch.stack(noise).to(device) if noise else latents,
@@ -222,9 +266,10 @@ class PointBuffer(RolloutBuffer):
             optimality=self.optimality[image.to(device)],
             old_velocity=None if self.old_velocity is None else self.old_velocity[rows],
             rows=rows,
-            images=image.tolist(),
+            images=chosen,
+            conditions=[self.conditions[i] for i in chosen],
             weights=weights.to(device),
-            nominal_size=len(self.sigma) / self.micro_batches,
+            nominal_size=len(self.sigma) / self.batching.micro_batches,
         )
 
     def _rows(self) -> dict[str, Tensor]:
@@ -232,98 +277,46 @@ class PointBuffer(RolloutBuffer):
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
-@dataclass
-class PairBatch:
-    """Some pairs of a rollout.
-
-    latents: (P, 2, tokens, channels), the chosen image and the rejected. places: what the noise of each is keyed by,
-    (update of the rollout, pass over it, place of the group in it).
-    """
-
-    latents: Tensor
-    prompts: list[str]
-    places: list[tuple[int, int, int]]
-
-    def __len__(self) -> int:
-        return len(self.places)
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class PairBuffer:
-    """The pairs of a rollout of all processes, the same on each of them.
-
-    latents: (P, 2, tokens, channels) on the CPU, P from 0 to the number of groups. prompts: P. groups: P, each pair's
-    place in the rollout. update: number of the rollout. seed: of the order in which pairs are dealt. micro_batches: of
-    one pass over it on each process. process: (index, count).
-    """
-
-    latents: Tensor
-    prompts: list[str]
-    groups: list[int]
-    update: int
-    seed: int
-    micro_batches: int
-    process: tuple[int, int]
-
-    def micro_batch(self, index: int) -> PairBatch:
-        """This process's part of micro-batch ``index`` of the passes; each pass deals the pairs in another order.
-
-        The pairs of an update are the same however many processes and micro-batches share them, as evenly as they can.
-        """
-        number, part = divmod(index, self.micro_batches)
-        order = seeded_noise((self.seed, self.update, "deal", number), (len(self.groups),)).argsort()
-        process, count = self.process
-        own = order[_part(len(order), part * count + process, self.micro_batches * count)].tolist()
-        return PairBatch(
-            latents=self.latents[own],
-            prompts=[self.prompts[pair] for pair in own],
-            places=[(self.update, number, self.groups[pair]) for pair in own],
-        )
-
-    def save(self, file: Path) -> None:
-        """Write what is left to train on into a checkpoint, as safetensors."""
-        rest = {"prompts": self.prompts, "groups": self.groups, "update": self.update, "seed": self.seed}
-        save_file({"latents": self.latents.contiguous()}, file, metadata={"rollout": json.dumps(rest)})
-
-    @classmethod
-    def load(cls, file: Path, **split: Any) -> "PairBuffer":
-        """Read what :meth:`save` wrote; ``split``: micro_batches and process. Raises FileNotFoundError."""
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing: this checkpoint was taken in the middle of a rollout")
-        with safe_open(file, framework="pt") as stored:
-            latents, rest = stored.get_tensor("latents"), json.loads(stored.metadata()["rollout"])
-        return cls(latents, **rest, **split)
+def prompts_of(requests: Sequence[Request]) -> list[str]:
+    """Return the prompts of requests, which is all that a checkpoint keeps of them."""
+    if any(request.images for request in requests):
+        raise ValueError("a checkpoint in the middle of a rollout keeps no input images")
+    return [request.prompt for request in requests]
 
 
-def _read_part(folder: Path, process: tuple[int, int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts of process (index, count), put together from the parts of all processes if they were others."""
-    index, count = process
-    file = folder / PART.format(index, count)
-    if file.is_file():
-        return _read(file)
-    written = {int(part.stem.rpartition("-")[2]) for part in folder.glob(PART.format("*", "*"))}
-    if not written:
+def write_buffer(file: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write tensors, and what JSON can hold, into one safetensors file."""
+    cpu = {name: value.contiguous().cpu() for name, value in tensors.items()}
+    save_file(cpu, file, metadata={"rollout": json.dumps(facts)})
+
+
+def read_buffer(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and facts of one file."""
+    if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: this checkpoint was taken in the middle of a rollout")
-    parts = [_read(folder / PART.format(part, max(written))) for part in range(max(written))]
-    live, share = parts[0][0]["live"], len(parts[0][1]["prompts"])
-    own = slice(index * len(live) // count, (index + 1) * len(live) // count)
-
-    def images(name: str) -> Tensor:
-        each = [rows[name].unflatten(0, (-1, share)) for rows, _ in parts]  # copy by copy
-        return torch.cat(each, 1)[:, own].flatten(0, 1)
-
-    rows = {name: images(name) for name in parts[0][0] if name != "live"}
-    prompts = [prompt for _, rest in parts for prompt in rest["prompts"]][own]
-    return rows | {"live": live}, parts[0][1] | {"prompts": prompts, "first": own.start}
-
-
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts of one process's part."""
     with safe_open(file, framework="pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (it is no dict)
         return tensors, json.loads(stored.metadata()["rollout"])
 
 
-def _part(total: int, number: int, parts: int) -> slice:
-    """Part ``number`` of ``total`` things that are split as evenly as they can be."""
-    return slice(total * number // parts, total * (number + 1) // parts)
+def _read_share(folder: Path, process: tuple[int, int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read tensors and facts of process (index, count), put together from all files if there were other processes."""
+    index, count = process
+    file = folder / PROCESS_FILE.format(index, count)
+    counts = {int(path.stem.rpartition("-")[2]) for path in folder.glob(PROCESS_FILE.format("*", "*"))}
+    if file.is_file() or not counts:
+        return read_buffer(file)
+    files = [read_buffer(folder / PROCESS_FILE.format(writer, max(counts))) for writer in range(max(counts))]
+    live, images = files[0][0]["live"], len(files[0][1]["prompts"])
+    mine = slice(index * len(live) // count, (index + 1) * len(live) // count)
+
+    def joined(name: str) -> Tensor:
+        of_process = [rows[name].unflatten(0, (-1, images)) for rows, _ in files]  # copy by copy
+        return torch.cat(of_process, 1)[:, mine].flatten(0, 1)
+
+    rows = {name: joined(name) for name in files[0][0] if name != "live"}
+    prompts = [prompt for _, facts in files for prompt in facts["prompts"]][mine]
+    return rows | {"live": live}, files[0][1] | {"prompts": prompts, "first": mine.start}

@@ -1,11 +1,10 @@
-"""What GRPO, NFT and online DPO share: prompts in groups, a rollout and its scores, and going on in the middle of one."""
+"""What GRPO, NFT and online DPO share: prompts in groups, a rollout and its scores, going on in the middle of one."""
 
 import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
 import torch
 from datasets import Dataset
 from peft import PeftConfig
@@ -14,14 +13,16 @@ from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
 from align.engine import reports
-from align.engine.trainer import FlowTrainer
-from align.models.contract import FlowModel
-from align.online.settings import GroupConfig, check_data
-from align.sampling.ranked import extra_columns, write_groups
-from align.sampling.rollout import ImageKey, Rollout, first_alike, rollout
-from align.sampling.scorer import Scoring, weights_of
-from preference_data.writer import RankedWriter
-from rewards import load_rewards
+from align.engine.trainer import FlowTrainer, ModelSource
+from align.maths.losses import LossResult
+from align.online.buffers import Batching
+from align.online.settings import OnlineConfig
+from align.sampling.held_out import check_columns
+from align.sampling.noise import ImageKey, first_of_start
+from align.sampling.rollout import Rollout, Velocity, velocity_fn
+from align.sampling.scored import requests_of, sample_and_score
+from align.sampling.scorer import weights_of
+from rewards import Reward
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +30,21 @@ logger = logging.getLogger(__name__)
 ROLLOUTS_TO_WARN = 5
 
 
-def check_dropout(lora_dropout: float | None) -> None:
-    """Raise ValueError for an adapter with dropout: images would be drawn from another policy than is trained."""
-    if lora_dropout:
+def check_online_data(
+    rewards: list[Reward], args: OnlineConfig, train: Dataset, evaluation: Dataset | None, guards: dict[str, Dataset]
+) -> None:
+    """Raise ValueError when prompts, columns or sizes cannot work, before anything is loaded."""
+    check_columns(rewards, [train])
+    wanted = args.groups_per_rollout
+    if len(train) < wanted:
         raise ValueError(
-            f"lora_dropout must be 0, found {lora_dropout}: sampling and replay would see two different policies"
+            f"a rollout takes {wanted} prompts (generation_batch_size {args.generation_batch_size} / num_generations "
+            f"{args.num_generations}) and the data holds {len(train)}"
         )
+    if not any(reward.weight for reward in rewards):
+        raise ValueError("every reward has weight 0: nothing would be trained on")
+    if guards and evaluation is None:
+        raise ValueError("guard data sets are evaluated beside held-out prompts: give --eval_dataset_name too")
 
 
 class EpochRepeatSampler(RepeatSampler):
@@ -45,7 +55,7 @@ class EpochRepeatSampler(RepeatSampler):
 
 
 class Sampled(NamedTuple):
-    """What :meth:`GroupTrainer.sample` returns.
+    """What :meth:`OnlineTrainer.sample` returns.
 
     rollout: of this process. rewards: (images of all processes, rewards), NaN where there is none. weights: the same
     shape, each reward's share in the sum.
@@ -56,51 +66,51 @@ class Sampled(NamedTuple):
     weights: Tensor
 
 
-class GroupTrainer(FlowTrainer):
+class OnlineTrainer(FlowTrainer):
     """A trainer on groups of its own samples: algorithms differ in what they keep of a rollout, and in the loss.
 
     Args:
-        model: the policy, see :class:`align.models.contract.FlowModel`, or the name of a Qwen-Image.
+        model: the policy, see :class:`align.models.contract.FlowModel`, its name, or a :class:`~align.models.families.Deferred` one.
         rewards: what ``rewards.load_rewards`` takes: names, mappings, or plain functions.
-        args: see :class:`align.online.settings.GroupConfig`.
+        args: see :class:`align.online.settings.OnlineConfig`.
         train_dataset: a ``prompt`` column and whatever columns the rewards ask for by name.
         eval_dataset: held-out prompts; logged as ``eval_reward`` and ``eval_NAME``.
         guard_datasets: further held-out prompts, watched for damage; logged as ``eval_GUARD_NAME``.
         peft_config: train this adapter; without it the whole transformer (or the adapter already loaded).
 
     Raises:
-        ValueError: rewards, columns and batch sizes that do not fit, before any image is drawn.
+        ValueError: rewards, columns and batch sizes that do not fit, before the model is loaded.
     """
 
-    args: GroupConfig
-    #: What :meth:`generate` makes.
+    args: OnlineConfig
+    #: What :meth:`collect` makes.
     buffer_type: type[Any]
     phases = ("rollout", "reward", "update")
 
     def __init__(
         self,
-        model: FlowModel | str,
+        model: ModelSource,
         rewards: list[Any],
-        args: GroupConfig,
+        args: OnlineConfig,
         train_dataset: Dataset,
         eval_dataset: Dataset | None = None,
         guard_datasets: dict[str, Dataset] | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        scored_by = load_rewards(rewards)
-        check_data(scored_by, args, train_dataset, eval_dataset, guard_datasets or {})
+        dropout = getattr(peft_config, "lora_dropout", 0)
+        if dropout:
+            raise ValueError(
+                f"lora_dropout must be 0, found {dropout}: sampling and replay would see two different policies"
+            )
         args.check_world(args.world_size)
-        check_dropout(getattr(peft_config, "lora_dropout", 0))
-        if isinstance(model, str):
-            from align.models.qwen_image import QwenImage
-
-            model = QwenImage.from_pretrained(model)
+        if not rewards:
+            raise ValueError("no reward was given: pass --rewards NAME, or `rewards:` in the config")
         super().__init__(
             model,
             args,
             train_dataset,
-            rewards=scored_by,
+            rewards=rewards,
             eval_prompts=eval_dataset,
             guard_datasets=guard_datasets,
             peft_config=peft_config,
@@ -108,41 +118,38 @@ class GroupTrainer(FlowTrainer):
         )
         self._buffer: Any = None
         self._micro_step: int | None = None  # micro-batches taken since the start of the run
-        self._writer: RankedWriter | None = None
+        self._writer: Any = None  # of what save_rollouts keeps
         self._in_a_row: Counter[str] = Counter()
+
+    def check_data(self, args: OnlineConfig, train_dataset: Dataset) -> None:
+        check_online_data(self.rewards, args, train_dataset, self.eval_prompts, self.guard_datasets)
 
     # -- what an algorithm says ---------------------------------------------------------------------------------------
 
-    def generate(self, rows: list[dict[str, Any]], update: int) -> Any:
-        """A buffer of rollout ``update`` over this process's ``rows``; its ``micro_batch(index)`` is what is trained on."""
+    def collect(self, rows: list[dict[str, Any]], rollout_index: int) -> Any:
+        """Sample and score this process's ``rows``; return a buffer whose ``micro_batch(index)`` is trained on."""
         raise NotImplementedError
 
-    def save_buffer(self, folder: Path) -> None:
-        """Write the buffer into a checkpoint that is taken in the middle of a rollout; called on every process."""
-        self._buffer.save(folder, (self.args.process_index, self.args.world_size))
+    def batching(self) -> Batching:
+        """Return how a buffer is split on this process."""
+        args = self.args
+        return Batching(
+            micro_batches=args.micro_batches_per_pass(args.world_size),
+            per_update=args.gradient_accumulation_steps,
+            process=(args.process_index, args.world_size),
+            keep_in_step=self.in_step,
+            saves=args.should_save,
+        )
 
-    def load_buffer(self, folder: Path) -> Any:
-        """Read what :meth:`save_buffer` wrote, on as many processes or on others."""
-        process = (self.args.process_index, self.args.world_size)
-        return self.buffer_type.load(folder, process, self.accelerator.device, **self.parts())
-
-    def parts(self) -> dict[str, Any]:
-        """How a buffer of single images is dealt out on this process, as it takes it."""
-        return {
-            "micro_batches": self.args.micro_batches_per_pass(self.args.world_size),
-            "per_update": self.args.gradient_accumulation_steps,
-            "keep_one": self.in_step,
-        }
-
-    # -- prompts: each rollout's rows are handed out again for every micro-batch taken from it ----------------------
+    # -- prompts: each rollout's rows are given again for every micro-batch that is taken from it --------------------
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RepeatSampler:
         return EpochRepeatSampler(
             data_source=self.train_dataset,
             mini_repeat_count=self.args.num_generations,
-            batch_size=self.args.generation_batch_size // self.args.num_generations,
+            batch_size=self.args.groups_per_rollout,
             repeat_count=self.args.micro_batches_per_rollout(self.args.world_size),
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            seed=self.args.order_seed(),
         )
 
     def get_train_dataloader(self) -> Any:
@@ -155,13 +162,13 @@ class GroupTrainer(FlowTrainer):
         )
 
     def _prepare_inputs(self, inputs: list[dict[str, Any]]) -> Any:
-        """A micro-batch of the buffer; every so many of them, first a new rollout of the prompts in ``inputs``."""
+        """Return a micro-batch of the buffer; when it is used up, first a new rollout of the prompts in ``inputs``."""
         per_rollout = self.args.micro_batches_per_rollout(self.args.world_size)
         if self._micro_step is None:
             self._restore()
             assert self._micro_step is not None
         if self._micro_step % per_rollout == 0:
-            self._buffer = self.generate(inputs, update=self._micro_step // per_rollout)
+            self._buffer = self.collect(inputs, rollout_index=self._micro_step // per_rollout)
         assert self._buffer is not None
         batch = self._buffer.micro_batch(self._micro_step % per_rollout)
         self._micro_step += 1
@@ -169,71 +176,60 @@ class GroupTrainer(FlowTrainer):
 
     # -- a rollout and its scores -----------------------------------------------------------------------------------
 
-    def sample(self, rows: list[dict[str, Any]], update: int, num_prefixes: int | None = None) -> Sampled:
-        """This process's images, one for each of ``rows``, and the scores of all processes' images.
+    def sample(self, rows: list[dict[str, Any]], rollout_index: int, num_prefixes: int | None = None) -> Sampled:
+        """Draw this process's images, one for each of ``rows``, and gather the scores of all processes' images.
 
         ``num_prefixes``: how many initial noises a group has, where not each image its own.
         """
         args = self.args
-        with Scoring(self.rewards, rows, self.accelerator.device) as scoring:
-            with self.metrics.timed("rollout"):
-                result = rollout(
-                    self.flow,
-                    [row["prompt"] for row in rows],
-                    self._image_keys(update, len(rows), num_prefixes),
-                    args.plan(update),
-                    transformer=self.model_wrapped,
-                    show_progress=self.is_world_process_zero() and not args.disable_tqdm,
-                    on_images=scoring.add,
-                )
-            with self.metrics.timed("reward"):  # what is not hidden behind the sampling
-                table = scoring.table(args.max_failed_fraction)
-        self.metrics.record(seconds_scoring=scoring.seconds)
+        with self.metrics.timed("rollout"):
+            samples = sample_and_score(
+                self.flow,
+                self.rewards,
+                rows,
+                self._image_keys(rollout_index, len(rows), num_prefixes),
+                args.plan(rollout_index),
+                transformer=self.model_wrapped,
+                show_progress=self.is_world_process_zero() and not args.disable_tqdm,
+            )
+        with self.metrics.timed("reward"):  # what is not hidden behind the sampling
+            table = samples.agreed_scores(args.max_failed_fraction)
+        self.metrics.record(seconds_scoring=samples.scorer.seconds)
         rewards = self._gather(torch.tensor(table, dtype=torch.float32).T)
         weights = self._gather(weights_of(self.rewards, rows))
-        self.metrics.forward_equivalents += result.forwards
+        self.metrics.forward_equivalents += samples.rollout.forwards
         if args.save_rollouts:
             first = args.process_index * len(rows)
-            self._save_rollout(rows, result, rewards[first : first + len(rows)], update)
-        return Sampled(result, rewards, weights)
+            own_rewards = rewards[first : first + len(rows)]
+            self._rollout_writer().write(rollout_index, rows, samples.rollout.images, own_rewards)
+        return Sampled(samples.rollout, rewards, weights)
 
     def _gather(self, values: Tensor) -> Tensor:
-        """(images, rewards) of all processes, from this one's."""
+        """Gather (images, rewards) of all processes, from this one's."""
         return self.accelerator.gather(values.contiguous().to(self.accelerator.device)).cpu()
 
-    def _image_keys(self, update: int, images: int, num_prefixes: int | None) -> list[ImageKey]:
-        """Keys of this process's images by their place in the whole rollout, whatever the number of processes."""
-        group, first = self.args.num_generations, self.args.process_index * images
+    def _image_keys(self, rollout_index: int, images: int, num_prefixes: int | None) -> list[ImageKey]:
+        """Return keys of this process's images by their place in the rollout, whatever the number of processes."""
+        seed, group, first = self.args.seed, self.args.num_generations, self.args.process_index * images
         return [
-            ImageKey(self.args.seed, update, i // group, i % group, first_alike(i, group, num_prefixes) % group)
+            ImageKey(seed, rollout_index, i // group, i % group, first_of_start(i, group, num_prefixes) % group)
             for i in range(first, first + images)
         ]
 
-    def _save_rollout(self, rows: list[dict[str, Any]], result: Rollout, rewards: Tensor, update: int) -> None:
-        """Append this process's groups to ``output_dir/rollouts``; a resumed run finds those that are there."""
-        args, groups = self.args, len(rows) // self.args.num_generations
+    def _rollout_writer(self) -> Any:
         if self._writer is None:
-            columns = [*extra_columns(self.train_dataset), pa.field("update", pa.int64())]
-            self._writer = RankedWriter(
+            from align.sampling.ranked import RolloutWriter  # pyarrow: not for a run that keeps nothing
+
+            args = self.args
+            self._writer = RolloutWriter(
                 Path(args.output_dir) / "rollouts",
-                shard=(args.process_index, args.world_size),
-                rows_per_file=groups,
-                rewards=[reward.name for reward in self.rewards],
-                columns=pa.schema(columns),
-            )
-        first = update * (args.generation_batch_size // args.num_generations) + args.process_index * groups
-        if first not in self._writer.done:
-            numbers, table = range(first, first + groups), rewards.T.tolist()
-            write_groups(
-                self._writer,
-                numbers,
-                rows,
-                result.images,
+                self.train_dataset,
                 self.rewards,
-                table,
                 args.num_generations,
-                {"update": update},
+                args.groups_per_rollout,
+                (args.process_index, args.world_size),
             )
+        return self._writer
 
     def record_rewards(self, rewards: Tensor, total: Tensor, dead_groups: float) -> None:
         """Log (images, rewards) scores, (images,) weighted sums, and the share of groups that nothing is learned from."""
@@ -243,7 +239,7 @@ class GroupTrainer(FlowTrainer):
             values[f"rewards/{reward.name}/mean"] = column.nanmean()
             values[f"rewards/{reward.name}/std"] = _nanstd(column[None])[0]
             values[f"rewards/{reward.name}/unscored"] = column.isnan().float().mean()
-            cut = getattr(reward.function, "truncated", None)  # prompts longer than it reads, so far
+            cut = reward.truncated  # prompts longer than it reads, so far
             if cut:
                 values[f"rewards/{reward.name}/truncated"] = torch.tensor(float(cut))
         self.metrics.record(dead_groups=dead_groups, **{name: value.item() for name, value in values.items()})
@@ -262,35 +258,56 @@ class GroupTrainer(FlowTrainer):
         if happened and self._in_a_row[what] % ROLLOUTS_TO_WARN == 0 and self.is_world_process_zero():
             logger.warning("the last %d rollouts %s", self._in_a_row[what], what)
 
-    def no_loss(self) -> Tensor:
-        """0, with a gradient of 0 for everything that is trained."""
-        return torch.stack([0.0 * p.sum() for p in self.trained_parameters().values()]).sum()
+    def image_buffer(self, rows: list[dict[str, Any]], live: Tensor, rollout_index: int, **tensors: Any) -> Any:
+        """Make a :class:`~align.online.buffers.RolloutBuffer` of this process's images; ``live``: of all processes'."""
+        requests = requests_of(rows)
+        return self.buffer_type(
+            requests=requests,
+            conditions=self.flow.encode(requests),  # of the whole rollout, as when it was sampled
+            live=live,
+            first=self.args.process_index * len(rows),
+            rollout_index=rollout_index,
+            seed=self.args.seed,
+            batching=self.batching(),
+            **tensors,
+        )
+
+    # -- what losses share ------------------------------------------------------------------------------------------
+
+    def policy_velocity(self, transformer: torch.nn.Module) -> Velocity:
+        """Return the velocity function that sampling, replay and reference share; its size and guidance never change."""
+        return velocity_fn(self.flow, self.args.plan(0), transformer)
+
+    def no_loss(self) -> LossResult:
+        """Return 0, with a gradient of 0 for everything that is trained."""
+        return LossResult(torch.stack([0.0 * p.sum() for p in self.trained_parameters().values()]).sum())
 
     # -- the run ----------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         self._micro_step, self._buffer = None, None
         self._in_a_row.clear()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(*args, **kwargs)
 
     def save_progress(self, folder: Path) -> None:
         taken = self.state.global_step * self.args.gradient_accumulation_steps
         if self._buffer is not None and taken % self.args.micro_batches_per_rollout(self.args.world_size):
-            self.save_buffer(folder)
+            self._buffer.save(folder)
 
     def _restore(self) -> None:
-        """Counters, and the rest of a rollout that a checkpoint was taken in the middle of."""
+        """Set the counters, and read the rest of a rollout that a checkpoint was taken in the middle of."""
         self._micro_step = self.state.global_step * self.args.gradient_accumulation_steps
         counted = reports.series(self.state.log_history, "forward_equivalents")[1]
         if counted and self.is_world_process_zero():
             self.metrics.forward_equivalents = counted[-1]
         if self._micro_step % self.args.micro_batches_per_rollout(self.args.world_size):
             assert self.resumed_from is not None
-            self._buffer = self.load_buffer(Path(self.resumed_from))
+            device = self.accelerator.device
+            self._buffer = self.buffer_type.load(self.resumed_from, self.batching(), device, self.flow.encode)
 
 
 def _nanstd(values: Tensor) -> Tensor:
-    """(P, G) to (P,) sample standard deviations over what is not NaN."""
+    """Return the (P,) sample standard deviations of (P, G) values, over what is not NaN."""
     known = ~values.isnan()
     centred = (values - values.nanmean(1, keepdim=True)).masked_fill(~known, 0.0)
     return (centred.pow(2).sum(1) / (known.sum(1) - 1).clamp(min=1)).sqrt()

@@ -1,29 +1,27 @@
 """What training keeps in memory: sums made before a weight is read.
 
-Of one process, in bytes, from numbers of parameters alone. Without DeepSpeed what is trained stays in float32, beside
-the copies that autocast makes of it for half precision; DeepSpeed keeps the whole transformer in half precision, and
-float32 for its optimizer. Not counted: buffers of the communication, CUDA's own memory, fragments, and a picture's way
-through the VAE.
+They count the bytes of one process, from numbers of parameters alone. Without DeepSpeed what is trained stays in
+float32, beside the copies that autocast makes of it for half precision; DeepSpeed keeps the whole transformer in half
+precision, and float32 for its optimizer. Not counted: buffers of the communication, CUDA's own memory, fragments, and
+an image's way through the VAE.
 """
 
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
-
 GIB = 2**30
 #: Parameters whose gradients ZeRO-3 turns to float32 at a time (DeepSpeed's `sub_group_size`).
 SUB_GROUP = 10**9
-#: Values that the backward of one block needs, per token and channel of its stream; a test measures them.
-KEPT_BY_BLOCK = {"full": 28.2, "LoRA": 17.3}
 
 
 @dataclass(frozen=True)
 class Counts:
     """Numbers of parameters.
 
-    transformer: all, an adapter's included. trained: of these. block: of the largest block. encoders: of text encoder
-    and VAE. layers, width: blocks, and channels of a token between them. adapter: whether one is what is trained.
+    transformer: all of the transformer's, an adapter's included. trained: those of them that are trained. block: those of
+    the largest block. encoders: those of text encoder and VAE. layers: number of blocks. width: channels of a token
+    between blocks. kept_by_block: values that the backward of one block needs, per token and channel. adapter: whether an
+    adapter is what is trained.
     """
 
     transformer: int
@@ -32,35 +30,19 @@ class Counts:
     encoders: int
     layers: int
     width: int
+    kept_by_block: float
     adapter: bool
-
-
-def count(model: Any) -> Counts:
-    """The numbers of a :class:`~align.models.qwen_image.QwenImage`, also of one without weights."""
-
-    def size(module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters())
-
-    transformer, blocks = model.transformer, model.transformer.transformer_blocks
-    return Counts(
-        transformer=size(transformer),
-        trained=sum(p.numel() for p in transformer.parameters() if p.requires_grad),
-        block=max(size(block) for block in blocks),
-        encoders=size(model.pipeline.text_encoder) + size(model.pipeline.vae),
-        layers=len(blocks),
-        width=transformer.inner_dim,
-        adapter=model.adapter,
-    )
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How a run is launched.
+    """How a run is launched, and what it keeps.
 
-    stage: of ZeRO, 0 without DeepSpeed. dtype: bytes of a loaded weight. half: computed in 16 bits. moments: see MOMENTS.
-    reference: a whole frozen copy is kept. average: a moving average is. offload: text encoder and VAE are away while
-    they do not work. to_host: the shares of weights, gradients and optimizer lie in the host's memory. tokens: of image
-    and text in all rows of a micro-batch, those of guidance too. checkpointing: of activations.
+    stage: ZeRO stage, 0 without DeepSpeed. dtype: bytes of a loaded weight. half: computed in 16 bits. moments: float32
+    numbers that the optimizer keeps for each trained parameter. reference: a frozen copy of a full fine-tune is kept.
+    average: a moving average is kept. offload: text encoder and VAE leave the device while they do not work. to_host:
+    the shares of weights, gradients and optimizer lie in the host's memory. tokens: image and text tokens of all rows of
+    a micro-batch, those of guidance included. checkpointing: activations are recomputed.
     """
 
     stage: int = 0
@@ -77,8 +59,8 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Need:
-    """Bytes on a process's device, by what they are for; ``host``: beside them, in the host's memory."""
+class MemoryUse:
+    """Bytes on one process's device by purpose, and in the host's memory (``host``)."""
 
     weights: float
     gradients: float
@@ -90,19 +72,21 @@ class Need:
 
     @property
     def lasting(self) -> float:
-        """What is there whatever is computed."""
+        """Bytes that stay for the whole run."""
         return self.weights + self.gradients + self.optimizer + self.copies + self.encoders
 
     @property
     def total(self) -> float:
-        """Everything at once."""
+        """Bytes at the largest moment of an update."""
         return self.lasting + self.activations
 
 
-def need(counts: Counts, setup: Setup) -> Need:
-    """What a process keeps."""
-    weights, gradients, optimizer = (_with_deepspeed if setup.stage else _alone)(counts, setup)
-    gathered = 2.0 * counts.block * _held(setup) if setup.stage == 3 else 0.0  # weights and gradients of a block
+def memory_use(counts: Counts, setup: Setup) -> MemoryUse:
+    """Sum up what one process keeps."""
+    weights, gradients, optimizer = (_with_deepspeed if setup.stage else _without_deepspeed)(counts, setup)
+    gathered = (
+        2.0 * counts.block * _weight_bytes(setup) if setup.stage == 3 else 0.0
+    )  # weights and gradients of a block
     encoders, copies, host = float(counts.encoders * setup.dtype), 0.0, 0.0
     if setup.reference and not counts.adapter:
         copies += counts.transformer * setup.dtype / (setup.processes if setup.stage == 3 else 1)
@@ -112,29 +96,29 @@ def need(counts: Counts, setup: Setup) -> Need:
         host, weights, gradients, optimizer = weights + gradients + optimizer, 0.0, 0.0, 0.0
     if setup.offload:
         host, encoders = host + encoders, 0.0
-    kept = KEPT_BY_BLOCK["LoRA" if counts.adapter else "full"]
+    kept = counts.kept_by_block
     blocks = counts.layers + kept if setup.checkpointing else counts.layers * kept
     activations = setup.tokens * counts.width * (2 if setup.half else 4) * blocks
-    return Need(weights + gathered, gradients, optimizer, copies, encoders, activations, host)
+    return MemoryUse(weights + gathered, gradients, optimizer, copies, encoders, activations, host)
 
 
-def _alone(counts: Counts, setup: Setup) -> tuple[float, float, float]:
-    """Weights, gradients and optimizer without DeepSpeed; DDP's buckets are of the gradients' size."""
+def _without_deepspeed(counts: Counts, setup: Setup) -> tuple[float, float, float]:
+    """Return weights, gradients and optimizer without DeepSpeed; DDP's buckets are as large as the gradients."""
     weights = (counts.transformer - counts.trained) * setup.dtype + counts.trained * (6 if setup.half else 4)
     buckets = 2 if setup.processes > 1 else 1
     return float(weights), 4.0 * counts.trained * buckets, 4.0 * setup.moments * counts.trained
 
 
-def _held(setup: Setup) -> int:
-    """Bytes of a weight while DeepSpeed has it."""
+def _weight_bytes(setup: Setup) -> int:
+    """Return the bytes of one weight under DeepSpeed."""
     return 2 if setup.half else setup.dtype
 
 
 def _with_deepspeed(counts: Counts, setup: Setup) -> tuple[float, float, float]:
-    """A process's share of weights, gradients and optimizer."""
+    """Return one process's share of weights, gradients and optimizer."""
     share = counts.trained / setup.processes
-    weights = _held(setup) * counts.transformer / (setup.processes if setup.stage == 3 else 1)
-    gradients = _held(setup) * (share if setup.stage > 1 else counts.trained)
+    weights = _weight_bytes(setup) * counts.transformer / (setup.processes if setup.stage == 3 else 1)
+    gradients = _weight_bytes(setup) * (share if setup.stage > 1 else counts.trained)
     if setup.half:  # and in float32 while the optimizer steps
         gradients += 4 * (min(share, SUB_GROUP) if setup.stage == 3 else share)
     return weights, gradients, 4 * (1 + setup.moments) * share
@@ -150,56 +134,59 @@ LAUNCHERS: dict[str, dict[str, Any]] = {
 }
 
 
-def check_fits(counts: Counts, setup: Setup, there: float, on_host: int = 0) -> None:
-    """Raise ValueError with the sum and what would fit, when a run keeps more than ``there`` bytes.
+def check_fits(counts: Counts, setup: Setup, available: float, processes_sharing: int = 0) -> None:
+    """Raise ValueError with the sum and what would fit, when a run keeps more than ``available`` bytes.
 
-    on_host: so many processes share them, because these compute on the CPU; 0 where each has a device with as many.
+    processes_sharing: the number of processes that share the bytes, because these compute on the CPU; 0 where each
+    process has a device with as many bytes.
     """
-    wanted = _kept(counts, setup, on_host)
-    if wanted <= there:
+    wanted = _kept_bytes(counts, setup, processes_sharing)
+    if wanted <= available:
         return
-    found = need(counts, setup)
-    named = {
-        "weights": found.weights,
-        "gradients": found.gradients,
-        "optimizer": found.optimizer,
-        "copies of the model": found.copies,
-        "text encoder and VAE": found.encoders,
-        "kept off the device": found.host if on_host else 0,
+    use = memory_use(counts, setup)
+    by_purpose = {
+        "weights": use.weights,
+        "gradients": use.gradients,
+        "optimizer": use.optimizer,
+        "copies of the model": use.copies,
+        "text encoder and VAE": use.encoders,
+        "kept off the device": use.host if processes_sharing else 0,
     }
-    told = ", ".join(f"{name} {value / GIB:.1f}" for name, value in named.items() if value)
-    where = f"each of {setup.processes} GPUs" if not on_host else "this machine"
-    where += f", for {on_host} processes" if on_host > 1 else ""
+    listed = ", ".join(f"{purpose} {value / GIB:.1f}" for purpose, value in by_purpose.items() if value)
+    where = f"each of {setup.processes} GPUs" if not processes_sharing else "this machine"
+    where += f", for {processes_sharing} processes" if processes_sharing > 1 else ""
     raise ValueError(
         f"too little memory: {'a LoRA' if counts.adapter else 'a full fine-tune'} of this transformer of "
-        f"{counts.transformer / 1e9:.1f}e9 parameters keeps {wanted / GIB:.1f} GiB on {where} (of a process: {told}; "
-        f"activations come on top), and there are {there / GIB:.1f}. {_what_fits(counts, setup, there, on_host)}. To go "
-        "on all the same: --check_memory false"
+        f"{counts.transformer / 1e9:.1f}e9 parameters keeps {wanted / GIB:.1f} GiB on {where} (of a process: {listed}; "
+        f"activations come on top), and {available / GIB:.1f} GiB are available. "
+        f"{_what_fits(counts, setup, available, processes_sharing)}. To go on all the same: --check_memory false"
     )
 
 
-def _kept(counts: Counts, setup: Setup, on_host: int) -> float:
-    """Bytes on a process's device, or, of all processes, in the host's memory."""
-    found = need(counts, setup)
-    if not on_host:
-        return found.lasting
+def _kept_bytes(counts: Counts, setup: Setup, processes_sharing: int) -> float:
+    """Return the lasting bytes on one process's device, or those of all processes in the host's memory."""
+    use = memory_use(counts, setup)
+    if not processes_sharing:
+        return use.lasting
     shared = (counts.transformer - counts.trained + counts.encoders) * setup.dtype
-    return shared + on_host * max(0.0, found.lasting + found.host - shared)
+    return shared + processes_sharing * max(0.0, use.lasting + use.host - shared)
 
 
-def _what_fits(counts: Counts, setup: Setup, there: float, on_host: int) -> str:
-    """The least changes of a run that would make it fit."""
-    away = replace(setup, offload=True)
-    tries = [("--offload true", away)]
-    tries += [
-        (f"--config_file configs/accelerate/{name}.yaml --offload true", replace(away, **stage))
-        for name, stage in LAUNCHERS.items()
-        if stage["stage"]
+def _what_fits(counts: Counts, setup: Setup, available: float, processes_sharing: int) -> str:
+    """Name the smallest changes of a run that would make it fit."""
+    offloaded = replace(setup, offload=True)
+    options = [("--offload true", offloaded)]
+    options += [
+        (f"--config_file configs/accelerate/{name}.yaml --offload true", replace(offloaded, **launcher))
+        for name, launcher in LAUNCHERS.items()
+        if launcher["stage"]
     ]
     if setup.average and not counts.adapter:  # which ZeRO-3 does not shard
-        tries = [(said, other) for said, other in tries if other.stage < 3]
-    whole = [] if on_host else [said for said, other in tries if _kept(counts, other, 0) <= there]
-    # Of low rank, an adapter is nearly nothing.
-    lora = _kept(replace(counts, trained=0, adapter=True), replace(away, dtype=2), on_host) <= there
-    fitting = whole[:1] + ["a LoRA: --use_peft true --dtype bfloat16 --offload true"] * lora
+        options = [(words, option) for words, option in options if option.stage < 3]
+    full = [words for words, option in options if _kept_bytes(counts, option, 0) <= available]
+    fitting = [] if processes_sharing else full[:1]
+    # A LoRA of low rank adds next to nothing.
+    lora = replace(counts, trained=0, adapter=True)
+    if _kept_bytes(lora, replace(offloaded, dtype=2), processes_sharing) <= available:
+        fitting.append("a LoRA: --use_peft true --dtype bfloat16 --offload true")
     return "What would fit: " + ", or ".join(fitting) if fitting else "It takes a machine with more memory"

@@ -1,4 +1,4 @@
-"""A checkpoint under other processes, or another ZeRO stage, than wrote it: what the optimizer knows, dealt out anew.
+"""Sharding an optimizer's state anew: a checkpoint under other processes, or another ZeRO stage, than wrote it.
 
 DeepSpeed's own way, its universal checkpoints, is for Adam alone and writes the whole state to the disk once more; here
 each process reads the old files, mapped into memory, and keeps its part. What is kept element by element (moments,
@@ -21,7 +21,7 @@ MASTER = "float32 weights"
 STEP = "step"
 
 
-def deal_anew(
+def reshard(
     folder: Path,
     written: Sharding,
     parameters: dict[str, torch.nn.Parameter],
@@ -31,19 +31,19 @@ def deal_anew(
 ) -> None:
     """Load optimizer and schedule of a checkpoint that was written under ``written``; to be called on every process.
 
-    ``parameters``: what is trained, in the order in which the optimizer was made. ``engine``: DeepSpeed's, if there is.
+    ``parameters``: what is trained, in the order in which the optimizer was made. ``engine``: DeepSpeed's, where there is one.
 
     Raises:
-        ValueError: for an optimizer whose state cannot be dealt out anew.
+        ValueError: for an optimizer whose state cannot be sharded anew.
     """
     state = read_state(folder, written, list(parameters))
     if engine is None:
-        _give_to_optimizer(optimizer, parameters, state)
+        _load_optimizer(optimizer, parameters, state)
     else:
-        _give_to_engine(engine, parameters, state)
+        _load_engine(engine, parameters, state)
         engine.global_steps = json.loads((folder / "trainer_state.json").read_text())["global_step"]
         engine.global_samples = engine.global_steps * engine.train_batch_size()
-    _give_to_scheduler(scheduler, optimizer, folder)
+    _load_scheduler(scheduler, optimizer, folder)
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -51,31 +51,31 @@ def deal_anew(
 
 @dataclass
 class OptimizerState:
-    """What an optimizer knew of each parameter.
+    """What an optimizer keeps of each parameter.
 
-    values: name to key to the parts, in order, of which the flat value is made. step: updates so far, if it counts.
+    values: name to key to the pieces, in order, that the flat value is made of. step: updates so far, if it counts.
     """
 
     values: dict[str, dict[str, list[Tensor]]]
     step: float | None = None
 
     def add(self, name: str, key: str, value: Any, start: int, numel: int) -> None:
-        """One more part of a parameter's value, ``numel`` of ``value`` from ``start``."""
+        """Append one more piece of a parameter's value, ``numel`` of ``value`` from ``start``."""
         self.values.setdefault(name, {}).setdefault(key, []).append(value.flatten()[start : start + numel])
 
     def flat(self, name: str, numel: int) -> dict[str, Tensor]:
-        """Key to the (numel,) value of a parameter; raises ValueError when it has another size."""
-        whole = {key: torch.cat(parts) if len(parts) > 1 else parts[0] for key, parts in self.values[name].items()}
-        for key, value in whole.items():
-            if value.numel() < numel:  # ZeRO-3 fills parts up at the end
+        """Return key to the (numel,) value of a parameter; raises ValueError when it has another size."""
+        flat = {key: torch.cat(pieces) if len(pieces) > 1 else pieces[0] for key, pieces in self.values[name].items()}
+        for key, value in flat.items():
+            if value.numel() < numel:  # ZeRO-3 pads the pieces at the end
                 raise ValueError(
                     f"the checkpoint has {value.numel()} elements of {name}'s {key}, and there are {numel}"
                 )
-        return {key: value[:numel] for key, value in whole.items()}
+        return {key: value[:numel] for key, value in flat.items()}
 
 
 def read_state(folder: Path, written: Sharding, names: list[str]) -> OptimizerState:
-    """The optimizer's state in a checkpoint that was written under ``written``; ``names``: in the optimizer's order.
+    """Read the optimizer's state in a checkpoint that was written under ``written``; ``names``: in the optimizer's order.
 
     Raises:
         ValueError: for an optimizer that keeps more than steps and element by element values.
@@ -96,7 +96,7 @@ def read_state(folder: Path, written: Sharding, names: list[str]) -> OptimizerSt
 
 
 def _values(state: OptimizerState, values: dict[str, Any], written: Sharding, numel: int = 0) -> dict[str, Tensor]:
-    """What of an optimizer's values is kept element by element; the count of steps goes to ``state``."""
+    """Return those of an optimizer's values that are kept element by element; the count of steps goes to ``state``."""
     found = {}
     for key, value in values.items():
         if key == STEP:
@@ -105,14 +105,14 @@ def _values(state: OptimizerState, values: dict[str, Any], written: Sharding, nu
             found[key] = value
         elif value is not None:
             raise ValueError(
-                f"the optimizer keeps {key!r}, which is no value for each element of a weight and cannot be dealt out "
-                f"anew: resume {written.launched()}, or train with adamw_torch or sgd"
+                f"the optimizer keeps {key!r}, which is no value for each element of a weight and cannot be sharded "
+                f"anew: resume {written.launch_command()}, or train with adamw_torch or sgd"
             )
     return found
 
 
 def _groups(folder: Path, rank: int, written: Sharding) -> Iterator[tuple[dict[str, Any], list[tuple[str, int, int]]]]:
-    """The flat groups of one process: key to flat value, and (name, start, numel) of what lies in them."""
+    """Read the flat groups of one process: key to flat value, and (name, start, numel) of what lies in them."""
     stored = _load(folder, f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")["optimizer_state_dict"]
     if written.zero_stage < 3:
         flats, states = stored["single_partition_of_fp32_groups"], stored["base_optimizer_state"]["state"]
@@ -120,13 +120,13 @@ def _groups(folder: Path, rank: int, written: Sharding) -> Iterator[tuple[dict[s
     else:
         flats, states = stored["fp32_flat_groups"], stored["optimizer_state_dict"]["state"]
         shapes = _load(folder, f"*zero_pp_rank_{rank}_mp_rank_00_model_states.pt")["param_shapes"]
-        layouts = [_equal_parts(group, written.processes) for group in shapes]
+        layouts = [_equal_shares(group, written.processes) for group in shapes]
     for index, (flat, layout) in enumerate(zip(flats, layouts, strict=True)):
         yield {MASTER: flat} | states.get(index, {}), layout
 
 
-def _equal_parts(shapes: dict[str, torch.Size], processes: int) -> list[tuple[str, int, int]]:
-    """Where the parts of one process lie: ZeRO-3 gives each process as much of every parameter."""
+def _equal_shares(shapes: dict[str, torch.Size], processes: int) -> list[tuple[str, int, int]]:
+    """Return where the shares of one process lie: ZeRO-3 gives each process as much of every parameter."""
     layout, start = [], 0
     for name, shape in shapes.items():
         numel = -(-shape.numel() // processes)
@@ -136,7 +136,7 @@ def _equal_parts(shapes: dict[str, torch.Size], processes: int) -> list[tuple[st
 
 
 def _load(folder: Path, pattern: str) -> dict[str, Any]:
-    """One of the engine's files, mapped into memory; nothing in it is run."""
+    """Load one of the engine's files, mapped into memory; nothing in it is run."""
     (file,) = folder.glob(pattern)
     with tensors_only():
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -146,8 +146,8 @@ def _load(folder: Path, pattern: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _give_to_optimizer(optimizer: Any, parameters: dict[str, torch.nn.Parameter], state: OptimizerState) -> None:
-    """Set an optimizer over whole ``parameters``, which are in its order, to ``state``."""
+def _load_optimizer(optimizer: Any, parameters: dict[str, torch.nn.Parameter], state: OptimizerState) -> None:
+    """Set an optimizer over unsharded ``parameters``, which are in its order, to ``state``."""
     stored: dict[int, dict[str, Any]] = {}
     for index, (name, parameter) in enumerate(parameters.items()):
         values = {k: v.view(parameter.shape).clone() for k, v in state.flat(name, parameter.numel()).items()}
@@ -159,8 +159,8 @@ def _give_to_optimizer(optimizer: Any, parameters: dict[str, torch.nn.Parameter]
 
 
 @torch.no_grad()
-def _give_to_engine(engine: Any, parameters: dict[str, torch.nn.Parameter], state: OptimizerState) -> None:
-    """Set the ZeRO optimizer of an engine to ``state``; every process takes its own part."""
+def _load_engine(engine: Any, parameters: dict[str, torch.nn.Parameter], state: OptimizerState) -> None:
+    """Set the ZeRO optimizer of an engine to ``state``; every process takes its own share."""
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
     flats = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
     stored: dict[int, dict[str, Any]] = {index: {} for index in range(len(flats))}
@@ -183,30 +183,30 @@ def _give_to_engine(engine: Any, parameters: dict[str, torch.nn.Parameter], stat
 
 
 def _place(zero: Any, stage: int, parameter: Any) -> tuple[int, int, int, int]:
-    """Where this process keeps its part: (flat group, start in it, first element of the parameter, how many)."""
+    """Return where this process keeps its share: (flat group, start in it, first element of the parameter, how many)."""
     if stage == 3:
         group, start, numel = zero.grad_position[zero.get_param_id(parameter)]
         first = numel * zero._get_param_partition_rank(parameter)
         return group, start, first, max(0, min(numel, parameter.ds_numel - first))
-    part = parameter._hp_mapping
-    if part is None:
+    mapping = parameter._hp_mapping
+    if mapping is None:
         return 0, 0, 0, 0
-    own, here = part.lp_fragment_address, part.hp_fragment_address
-    return part.param_group_index, here.start, own.start, own.numel
+    of_parameter, of_group = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return mapping.param_group_index, of_group.start, of_parameter.start, of_parameter.numel
 
 
 def _step(optimizer: Any, state: OptimizerState) -> dict[str, Any]:
     if state.step is None:
         return {}
     # DeepSpeed's own optimizers count in a number, torch's in a tensor.
-    own = type(optimizer).__module__.startswith("deepspeed")
-    return {STEP: int(state.step) if own else torch.tensor(state.step, dtype=torch.float32)}
+    is_deepspeeds = type(optimizer).__module__.startswith("deepspeed")
+    return {STEP: int(state.step) if is_deepspeeds else torch.tensor(state.step, dtype=torch.float32)}
 
 
 # -- the schedule -----------------------------------------------------------------------------------------------------
 
 
-def _give_to_scheduler(scheduler: Any, optimizer: Any, folder: Path) -> None:
+def _load_scheduler(scheduler: Any, optimizer: Any, folder: Path) -> None:
     """Set the learning-rate schedule to a checkpoint's, and the optimizer to its present rate.
 
     DeepSpeed drops groups without parameters; the groups differ in weight decay alone, and have one rate.

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO under a trainer: what it can do, gathering what is trained, and the checkpoints of its engine."""
+"""DeepSpeed's ZeRO under a trainer: what it cannot do, gathering what is trained, the checkpoints of its engine."""
 
 import json
 import logging
@@ -18,43 +18,43 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 logger = logging.getLogger(__name__)
 
-#: In a checkpoint: how it is shared out over files.
+#: In a checkpoint: how it is sharded over files.
 SHARDING = "sharding.json"
 #: torch.load heeds it whatever its caller has asked for.
 TENSORS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def zero_stage(args: TrainingArguments) -> int:
-    """ZeRO stage that the launcher asks for; 0 without DeepSpeed."""
+    """Return the ZeRO stage that the launcher asks for; 0 without DeepSpeed."""
     return 0 if args.deepspeed_plugin is None else int(args.deepspeed_plugin.zero_stage)
 
 
-def keep_models_whole() -> None:
-    """Tell transformers nothing of ZeRO-3: it would partition every model of its own that is loaded from here on.
+def keep_zero3_from_loading() -> None:
+    """Keep ZeRO-3 from transformers, which would shard every model of its own that is loaded from here on.
 
-    The text encoder and the rewards' models stay whole; the transformer is partitioned when training begins.
+    The text encoder and the rewards' models are not sharded; the transformer is when training begins.
     """
     unset_hf_deepspeed_config()
 
 
 def check_zero(args: Any, adapter: bool) -> None:
     """Raise ValueError for what a full fine-tune under ZeRO-3 cannot do. ``adapter``: whether an adapter is trained."""
-    copy = args.whole_copy()
+    copy = args.full_copy()
     if zero_stage(args) == 3 and not adapter and copy is not None:
         raise ValueError(
-            f"{copy} would keep a second, whole copy of a fully fine-tuned model on every process, which ZeRO-3 does not "
+            f"{copy} would keep a second, full copy of a fully fine-tuned model on every process, which ZeRO-3 does not "
             f"shard here. Train an adapter, use ZeRO-2, or leave {copy.split()[0]} out"
         )
 
 
-def share_out_frozen(model: torch.nn.Module, args: TrainingArguments) -> torch.nn.Module:
-    """A frozen model, shared out by ZeRO-3 as what is trained is: by an engine of its own, that runs forward alone.
+def shard_frozen(model: torch.nn.Module, args: TrainingArguments) -> torch.nn.Module:
+    """Shard a frozen model by ZeRO-3, in an engine of its own that runs forward alone.
 
-    After the trained model's engine, by which the settings are complete.
+    Call it after the trained model's engine was made, which completes the settings.
     """
     import deepspeed
 
-    if isinstance(model, deepspeed.DeepSpeedEngine):  # by an earlier call
+    if isinstance(model, deepspeed.DeepSpeedEngine):  # sharded by an earlier call
         return model
     config = deepcopy(args.deepspeed_plugin.deepspeed_config)
     for training in ("optimizer", "scheduler"):
@@ -70,24 +70,27 @@ def share_out_frozen(model: torch.nn.Module, args: TrainingArguments) -> torch.n
 
 @contextmanager
 def gathered(parameters: Iterable[torch.nn.Parameter], write: bool = False) -> Iterator[None]:
-    """Within it, parameters that ZeRO-3 shares out are whole; every process must enter. ``write``: and may be set."""
-    shared_out = [p for p in parameters if hasattr(p, "ds_id")]
-    if not shared_out:
+    """Enter a context in which parameters that ZeRO-3 shards are gathered; every process must enter.
+
+    ``write``: they may be set in it.
+    """
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    if not sharded:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(shared_out, modifier_rank=0 if write else None):
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None):
         yield
 
 
-def whole_shape(parameter: Tensor) -> torch.Size:
-    """The shape of a parameter, that of all its parts together if it is shared out."""
+def full_shape(parameter: Tensor) -> torch.Size:
+    """Return the shape of a parameter, before it was sharded."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def whole_state(parameters: dict[str, torch.nn.Parameter], keep: bool) -> dict[str, Tensor]:
-    """Copies on the CPU, gathered one at a time; every process must call, and those that do not ``keep`` get none."""
+def gathered_state(parameters: dict[str, torch.nn.Parameter], keep: bool) -> dict[str, Tensor]:
+    """Copy parameters to the CPU, gathered one at a time; every process must call, and those that do not ``keep`` get none."""
     state = {}
     for name, parameter in parameters.items():
         with gathered([parameter]):
@@ -99,14 +102,17 @@ def whole_state(parameters: dict[str, torch.nn.Parameter], keep: bool) -> dict[s
 # -- checkpoints of the engine ----------------------------------------------------------------------------------------
 
 
-def leave_out_frozen(engine: Any) -> None:
-    """Have the engine write only what is trained; the Trainer asks for that with peft's own wrapper alone."""
+def save_trained_only(engine: Any) -> None:
+    """Have the engine write only what is trained; the Trainer asks for that with peft's own wrapper alone.
+
+    DeepSpeed has no setting for it: it is an argument of the call, which is the Trainer's.
+    """
     engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a run is shared out: ZeRO stage (0: not at all), number of processes, and where ZeRO keeps the optimizer."""
+    """How a run is sharded: ZeRO stage (0: not at all), number of processes, and where ZeRO keeps the optimizer."""
 
     zero_stage: int
     processes: int
@@ -114,31 +120,31 @@ class Sharding:
 
     @classmethod
     def of(cls, args: TrainingArguments) -> "Sharding":
-        """That of this run."""
+        """Return that of this run."""
         config = {} if args.deepspeed_plugin is None else args.deepspeed_plugin.deepspeed_config
         offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
         return cls(zero_stage(args), args.world_size, str(offload))
 
     @classmethod
     def stored(cls, folder: Path, args: TrainingArguments) -> "Sharding":
-        """That of a checkpoint. Without ZeRO every process has all there is, and their number does not matter."""
+        """Return that of a checkpoint. Without ZeRO every process has everything, and their number does not matter."""
         file = folder / SHARDING
         return cls(**json.loads(file.read_text())) if file.is_file() else cls(0, args.world_size)
 
     def write(self, folder: Path) -> None:
-        """Note it in a checkpoint of the engine."""
-        left_out = {} if self.offload == "none" else {"offload": self.offload}
-        note = {"zero_stage": self.zero_stage, "processes": self.processes} | left_out
+        """Write it into a checkpoint of the engine."""
+        offload = {} if self.offload == "none" else {"offload": self.offload}
+        note = {"zero_stage": self.zero_stage, "processes": self.processes} | offload
         (folder / SHARDING).write_text(json.dumps(note))
 
-    def said(self) -> str:
-        """In words."""
+    def describe(self) -> str:
+        """Say it in words."""
         offloaded = f" with the optimizer on the {self.offload}" if self.offload != "none" else ""
         stage = f"under DeepSpeed ZeRO-{self.zero_stage} on {self.processes} processes{offloaded}"
         return stage if self.zero_stage else "without DeepSpeed"
 
-    def launched(self) -> str:
-        """How a run is launched to be shared out so."""
+    def launch_command(self) -> str:
+        """Say how to launch a run that is sharded so."""
         if not self.zero_stage:
             return "with configs/accelerate/ddp.yaml or single.yaml"
         offload = "_offload" if self.offload != "none" and self.zero_stage == 3 else ""
@@ -147,7 +153,7 @@ class Sharding:
 
 @contextmanager
 def tensors_only() -> Iterator[None]:
-    """Within it ``torch.load`` refuses every file that would run code, also when DeepSpeed asks it to read anything.
+    """Enter a context in which ``torch.load`` refuses every file that would run code, also when DeepSpeed calls it.
 
     What DeepSpeed keeps beside tensors, plain data in three classes of its own, is still read.
     """
@@ -178,14 +184,16 @@ def load_engine(engine: Any, folder: Path) -> None:
         raise ValueError(f"DeepSpeed finds nothing to resume from in {folder}")
 
 
-def moved_from(folder: Path, args: TrainingArguments, say: bool) -> Sharding | None:
-    """How the run that wrote a checkpoint was shared out, if otherwise than this one; said aloud if ``say``."""
-    there, here = Sharding.stored(folder, args), Sharding.of(args)
-    if there == here:
+def sharded_otherwise(folder: Path, args: TrainingArguments, log: bool) -> Sharding | None:
+    """Return how the run that wrote a checkpoint was sharded, or None where this run is sharded alike."""
+    before, this = Sharding.stored(folder, args), Sharding.of(args)
+    if before == this:
         return None
-    if say:
+    if log:
         logger.warning(
-            "%s was written %s, and this run is %s: what the optimizer knows is dealt out anew",
-            *(folder, there.said(), here.said()),
+            "%s was written %s, and this run is %s: the optimizer's state is sharded anew",
+            folder,
+            before.describe(),
+            this.describe(),
         )
-    return there
+    return before

@@ -13,15 +13,20 @@ from torch import nn
 
 from align.maths.advantages import combine_rewards
 from align.models.contract import FlowModel
-from align.sampling.rollout import ImageKey, SamplingPlan, rollout
-from align.sampling.scorer import Scoring, weights_of
+from align.sampling.noise import ImageKey
+from align.sampling.rollout import SamplingPlan
+from align.sampling.scored import sample_and_score
+from align.sampling.scorer import weights_of
 from preference_data.prompts import check_prompts
 from rewards import Reward
 
 
 @dataclass
 class Evaluation:
-    """``metrics`` as logged; ``rows`` what each prompt scored; ``images`` of the first prompts: (prompt, its images)."""
+    """Result of :func:`evaluate_prompts`.
+
+    metrics: as they are logged. rows: what each prompt scored. images: of the first prompts, (prompt, its images).
+    """
 
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
@@ -29,7 +34,7 @@ class Evaluation:
 
 
 def check_columns(rewards: Sequence[Reward], datasets: Sequence[Dataset]) -> None:
-    """Raise ValueError for data without prompts, without a column or a category that a reward asks for."""
+    """Raise ValueError when data lack prompts, or a column or a category that a reward asks for."""
     for dataset in datasets:
         check_prompts(dataset)
         for reward in rewards:
@@ -61,47 +66,51 @@ def evaluate_prompts(
     """
     index, count = process
     turns = -(-len(dataset) // count)
-    # Every process takes as many turns, or a sharded model would wait for forwards that never come; extras are dropped.
-    mine = [(index + turn * count) % len(dataset) for turn in range(turns)]
-    own = len(range(index, len(dataset), count))
-    rows = [dataset[i] for i in mine for _ in range(samples)]
-    prompts = [row["prompt"] for row in rows]
-    keys = [ImageKey(seed, "eval", i, sample) for i in mine for sample in range(samples)]
+    # Every process takes as many turns, or a sharded model would wait for forwards that never come. The turns beyond the
+    # end of the data begin again at its first row, and what they give is dropped.
+    taken = [(index + turn * count) % len(dataset) for turn in range(turns)]
+    valid = len(range(index, len(dataset), count))
+    rows = [dataset[i] for i in taken for _ in range(samples)]
+    keys = [ImageKey(seed, "eval", i, sample) for i in taken for sample in range(samples)]
     deterministic = replace(plan, sde_steps=(), noise_level=0.0)
-    with Scoring(rewards, rows, model.device) as scoring:
-        drawn = rollout(model, prompts, keys, deterministic, transformer=transformer, on_images=scoring.add)
-        scores = scoring.table(max_failed_fraction)
-    kept = [(i, row_images(drawn.images, n, samples)) for n, i in enumerate(mine[:own]) if i < keep_images_of]
-    apart = diversity(drawn.latents.unflatten(0, (-1, samples)))[:own].tolist() if samples > 1 else []
-    gathered = gather_object([(list(zip(*scores, strict=True))[: own * samples], kept, apart)])
-    table = torch.tensor([values for part, *_ in gathered for values in part], dtype=torch.float64)
+    scored = sample_and_score(model, rewards, rows, keys, deterministic, transformer=transformer)
+    scores = scored.agreed_scores(max_failed_fraction)
+    drawn = scored.rollout
+    kept = [(i, row_images(drawn.images, n, samples)) for n, i in enumerate(taken[:valid]) if i < keep_images_of]
+    spread = diversity(drawn.latents.unflatten(0, (-1, samples)))[:valid].tolist() if samples > 1 else []
+    gathered = gather_object([(list(zip(*scores, strict=True))[: valid * samples], kept, spread)])
+    table = torch.tensor([values for of_process, *_ in gathered for values in of_process], dtype=torch.float64)
     order = [i for start in range(count) for i in range(start, len(dataset), count)]  # of the prompts in the table
     weights = weights_of(rewards, [dataset[i] for i in order for _ in range(samples)])
     means = _per_prompt(table, rewards, samples, weights)
     if means and samples > 1:
-        means["diversity"] = torch.tensor([value for *_, part in gathered for value in part], dtype=torch.float64)
-    # Processes took every count-th row: back into the order of the data.
-    in_order = {name: [value for _, value in sorted(zip(order, v.tolist(), strict=True))] for name, v in means.items()}
-    scored = [
-        {"data": prefix, "row": i, "prompt": dataset[i]["prompt"]}
-        | {name: None if math.isnan(values[i]) else values[i] for name, values in in_order.items()}
-        for i in range(len(dataset))
-    ]
-    shown = sorted((pair for _, part, _ in gathered for pair in part), key=lambda pair: pair[0])
+        means["diversity"] = torch.tensor([v for *_, of_process in gathered for v in of_process], dtype=torch.float64)
+    shown = sorted((pair for _, of_process, _ in gathered for pair in of_process), key=lambda pair: pair[0])
     return Evaluation(
         _metrics(means, prefix) if rewards else {},
-        scored if rewards else [],
+        _rows(means, order, dataset, prefix) if rewards else [],
         [(dataset[i]["prompt"], pictures) for i, pictures in shown],
     )
 
 
+def _rows(means: dict[str, torch.Tensor], order: list[int], dataset: Dataset, prefix: str) -> list[dict[str, Any]]:
+    """Return what each prompt scored, in the order of the data; ``order``: the row that each value belongs to."""
+    rows: list[dict[str, Any]] = [
+        {"data": prefix, "row": i, "prompt": dataset[i]["prompt"]} for i in range(len(dataset))
+    ]
+    for name, values in means.items():
+        for i, value in zip(order, values.tolist(), strict=True):
+            rows[i][name] = None if math.isnan(value) else value
+    return rows
+
+
 def row_images(images: list[Image.Image], row: int, samples: int) -> list[Image.Image]:
-    """The images of one prompt."""
+    """Return the images of one prompt."""
     return images[row * samples : (row + 1) * samples]
 
 
 def diversity(latents: torch.Tensor) -> torch.Tensor:
-    """(P,) how far apart the S images of each prompt are: (P, S, ...) latents, S at least 2.
+    """Measure how far apart the S images of each prompt are: (P, S, ...) latents to (P,), S at least 2.
 
     The root mean square difference of two images' latents, over all pairs: 0 where they are all the same, and about
     1.4 for noise, since latents are normalised to a standard deviation of 1. A policy that has collapsed loses it.
@@ -115,7 +124,7 @@ def diversity(latents: torch.Tensor) -> torch.Tensor:
 def _per_prompt(
     table: torch.Tensor, rewards: Sequence[Reward], samples: int, weights: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """(prompts,) means of each reward and of their weighted sum, from (images, rewards) scores; NaN: not scored."""
+    """Return (prompts,) means of each reward and of their weighted sum, from (images, rewards) scores; NaN: not scored."""
     if not rewards:
         return {}
     # The images of one prompt are its group, as in training; an image alone makes up a group with itself.
@@ -128,7 +137,7 @@ def _per_prompt(
 
 
 def _metrics(means: dict[str, torch.Tensor], prefix: str) -> dict[str, float]:
-    """Means over prompts and their standard errors."""
+    """Return means over prompts and their standard errors."""
     metrics: dict[str, float] = {f"{prefix}_num_prompts": len(means["reward"])}
     for name, values in means.items():
         known = values[~values.isnan()]
@@ -139,5 +148,5 @@ def _metrics(means: dict[str, torch.Tensor], prefix: str) -> dict[str, float]:
 
 
 def standard_error(values: torch.Tensor) -> float:
-    """Of the mean of (N,) independent values; NaN for a single one."""
+    """Return the standard error of the mean of (N,) independent values; NaN for a single one."""
     return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan

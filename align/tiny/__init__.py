@@ -1,14 +1,13 @@
-"""The embedded default: a tiny real Qwen-Image with the recipe that made it, so that everything runs on a
-laptop, offline.
+"""Hold a tiny but real Qwen-Image and the recipe that made it, so that everything runs offline on a laptop.
 
-`world` draws the prompts and pictures it knows, `text`, `vae` and `denoiser` make its parts, `build` makes
-the whole.
+`world` makes the prompts and pictures; `text`, `vae` and `denoiser` make the components of the model; `build`
+trains them and writes the checkpoint.
 """
 
 from pathlib import Path
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"  # what `QwenImagePipeline.from_pretrained` loads
-# NAME/train.jsonl and NAME/test.jsonl, rows {"prompt": ..., "spec": {...}}
+CHECKPOINT = Path(__file__).parent / "checkpoint"  # a folder for `QwenImagePipeline.from_pretrained`
+# Files NAME/train.jsonl and NAME/test.jsonl, rows {"prompt": ..., "spec": {...}}
 PROMPTS = Path(__file__).parent / "prompts"
-# NAME/train and NAME/test, image folders with metadata.jsonl
+# Folders NAME/train and NAME/test, image folders with metadata.jsonl
 IMAGES = Path(__file__).parent / "images"

@@ -1,9 +1,9 @@
-"""Build the tiny Qwen-Image from nothing: half an hour on one CPU core, seeded, offline.
+"""Build the tiny Qwen-Image from nothing, in half an hour on one CPU core, seeded and offline.
 
     python -m align.tiny.build --output DIR
 
-writes a folder that stock `QwenImagePipeline.from_pretrained` loads, with its model card and the measured
-figures. The prompt sets are written by `python -m align.tiny.world`.
+This writes a folder that the stock `QwenImagePipeline.from_pretrained` loads, with a model card and the measured
+figures. `python -m align.tiny.world` writes the prompt sets.
 """
 
 from __future__ import annotations
@@ -30,29 +30,33 @@ from align.tiny import text, vae, world
 from align.tiny.card import model_card
 from rewards import shapes
 
-PICTURED = ("count", "pair", "word")  # an "open" prompt is shown by the picture of a count
-# Of the kinds among the denoiser's captions. Open prompts, which have many right answers, are by far the
-# hardest; words would be learned perfectly with a larger share, and nothing would be left for reinforcement
-# learning to gain.
+PICTURE_KINDS = ("count", "pair", "word")  # an "open" prompt is shown by the picture of a count
+# The share of each kind among the denoiser's captions. Open prompts have many right answers and are by far the
+# hardest. With a larger share, words would be learned perfectly, and reinforcement learning could gain nothing.
 SHARES = {"open": 0.8, "count": 0.1, "pair": 0.06, "word": 0.04}
-SAMPLING_STEPS = 6  # of the ODE, without guidance: how all figures are measured
+SAMPLING_STEPS = 6  # steps of the ODE, without guidance, with which all figures are measured
 
 
 def paint(
     kinds: tuple[str, ...], number: int, split: str, seed: int
 ) -> dict[str, list[tuple[dict, dict, Image.Image]]]:
-    """`number` triples of each kind: what is said, what is painted, the picture."""
+    """Paint `number` pictures of each kind, seeded.
+
+    Returns, by kind, triples of the prompt's spec, the picture's spec and the picture.
+    """
     rng = random.Random(f"{split} {seed}")
-    drawn = {kind: [world.sample(rng, kind, split) for _ in range(number)] for kind in kinds}
-    return {kind: [(said, spec, world.render(spec, rng)) for said, spec in pairs] for kind, pairs in drawn.items()}
+    specs = {kind: [world.sample(rng, kind, split) for _ in range(number)] for kind in kinds}
+    return {
+        kind: [(prompt_spec, picture_spec, world.render(picture_spec, rng)) for prompt_spec, picture_spec in pairs]
+        for kind, pairs in specs.items()
+    }
 
 
 def normalise(autoencoder, latents: torch.Tensor) -> torch.Tensor:
-    """Latents with mean 0 and std 1 in each channel; registers the constants where the pipeline looks for
-    them.
+    """Scale latents to mean 0 and std 1 in each channel, and register the constants in the VAE's config.
 
-    Channels that the VAE does not use (std near 0) are kept small instead of being blown up into noise that
-    must be learned.
+    `latents` and the result are (batch, CHANNELS, 1, height, width). Channels that the VAE does not use (std near 0)
+    stay small: scaled to std 1 they would be noise that the denoiser had to learn.
     """
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     std = std.clamp_min(0.3 * std.max())
@@ -61,13 +65,13 @@ def normalise(autoencoder, latents: torch.Tensor) -> torch.Tensor:
 
 
 def mean_and_error(values: Sequence[float | None]) -> list[float]:
-    """The mean of the values that are not None, and its standard error."""
+    """Return the mean of the values that are not None, and its standard error."""
     scores = [value for value in values if value is not None]
     return [round(float(np.mean(scores)), 4), round(float(np.std(scores) / math.sqrt(len(scores))), 4)]
 
 
 def grade(images: list[Image.Image], specs: list[dict]) -> dict[str, list[float]]:
-    """Mean and standard error of the rewards that apply."""
+    """Return mean and standard error of each reward that applies to the specs."""
     prompts = [world.sentence(spec) for spec in specs]
     figures = {
         "following": mean_and_error(shapes.shapes_following(images, prompts, spec=specs)),
@@ -78,7 +82,7 @@ def grade(images: list[Image.Image], specs: list[dict]) -> dict[str, list[float]
 
 
 def draw(pipeline: QwenImagePipeline, prompts: list[str], seed: int, batch_size: int = 64) -> list[Image.Image]:
-    """Sample one image for each prompt with the stock pipeline."""
+    """Sample one image for each prompt with the stock pipeline, seeded."""
     generator, images = torch.Generator().manual_seed(seed), []
     pipeline.set_progress_bar_config(disable=True)
     for start in range(0, len(prompts), batch_size):
@@ -94,18 +98,21 @@ def draw(pipeline: QwenImagePipeline, prompts: list[str], seed: int, batch_size:
 
 
 def grade_vae(autoencoder, number: int, seed: int) -> dict:
-    """PSNR on held-out pictures, and the rewards of their reconstructions: what no denoiser can exceed."""
+    """Measure the PSNR on held-out pictures, and the rewards of their reconstructions.
+
+    No denoiser can exceed these rewards.
+    """
     figures = {}
-    for kind, triples in paint(PICTURED, number, "held-out", seed).items():
+    for kind, triples in paint(PICTURE_KINDS, number, "held-out", seed).items():
         pictures = [picture for _, _, picture in triples]
-        restored = vae.decode(autoencoder, vae.encode(autoencoder, pictures))
-        grades = grade(restored, [said for said, _, _ in triples])
-        figures[kind] = {"psnr_db": round(vae.psnr(pictures, restored), 2), **grades}
+        reconstructions = vae.decode(autoencoder, vae.encode(autoencoder, pictures))
+        grades = grade(reconstructions, [prompt_spec for prompt_spec, _, _ in triples])
+        figures[kind] = {"psnr_db": round(vae.psnr(pictures, reconstructions), 2), **grades}
     return figures
 
 
 def grade_base(pipeline: QwenImagePipeline, number: int, seed: int) -> dict:
-    """Rewards on held-out prompts of each kind."""
+    """Measure the rewards on `number` held-out prompts of each kind."""
     figures, rng = {}, random.Random(seed)
     for kind in world.PROMPT_KINDS:
         specs = [world.sample(rng, kind, "held-out")[0] for _ in range(number)]
@@ -114,12 +121,15 @@ def grade_base(pipeline: QwenImagePipeline, number: int, seed: int) -> dict:
 
 
 def grade_open(pipeline: QwenImagePipeline, images_per_prompt: int, seed: int) -> dict:
-    """The held-out prompts of the set "background": what is said is followed, what is not said stays varied."""
+    """Measure the rewards and the variety on the held-out prompts of the set "background".
+
+    These prompts leave out the background, so its colour should vary between the images.
+    """
     rows = list(world.prompt_rows("background", "held-out")) * images_per_prompt
     specs = [row["spec"] for row in rows]
     images = draw(pipeline, [row["prompt"] for row in rows], seed)
-    shown = Counter(shapes.measure(image).background for image in images)
-    shares = {color: round(shown[color] / len(images), 3) for color in shapes.COLORS}
+    counts = Counter(shapes.measure(image).background for image in images)
+    shares = {color: round(counts[color] / len(images), 3) for color in shapes.COLORS}
     entropy = -sum(share * math.log(share) for share in shares.values() if share) / math.log(len(shares))
     warm = shapes.warm_background(images, [row["prompt"] for row in rows], spec=specs)
     return grade(images, specs) | {
@@ -131,35 +141,38 @@ def grade_open(pipeline: QwenImagePipeline, images_per_prompt: int, seed: int) -
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process so far, all threads."""
+    """Return the CPU time of all threads of this process so far."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 
 
-def build(output: Path, seed: int, vae_steps: int, steps: int, pictures: int, graded: int) -> dict:
-    """Make everything, save it in `output`, and return the figures."""
+def build(output: Path, seed: int, vae_steps: int, steps: int, pictures_per_kind: int, graded_per_kind: int) -> dict:
+    """Build and measure the model, save it in `output`, and return the figures.
+
+    A build that was interrupted after the VAE continues with the denoiser.
+    """
     started, cpu_before = time.time(), cpu_seconds()
-    painted = paint(PICTURED, pictures, "train", seed)
-    half_built = output / "trained_vae"  # a build that was interrupted goes on from here
-    spent = half_built / "spent.json"
-    if spent.exists():
+    samples = paint(PICTURE_KINDS, pictures_per_kind, "train", seed)
+    vae_folder = output / "trained_vae"
+    time_file = vae_folder / "spent.json"  # written last, so the weights beside it are complete
+    if time_file.exists():
         autoencoder = vae.build_vae()
-        autoencoder.load_state_dict(load_file(half_built / "vae.safetensors"))
-        before = json.loads(spent.read_text())
-        started, cpu_before = started - before["wall_s"], cpu_before - before["cpu_s"]
+        autoencoder.load_state_dict(load_file(vae_folder / "vae.safetensors"))
+        vae_time = json.loads(time_file.read_text())
+        started, cpu_before = started - vae_time["wall_s"], cpu_before - vae_time["cpu_s"]
     else:
-        torch.manual_seed(seed)  # for what diffusers initialises by itself
+        torch.manual_seed(seed)  # diffusers initialises some weights from the global generator
         autoencoder = vae.build_vae()
-        vae.train_vae(autoencoder, [p for triples in painted.values() for _, _, p in triples], vae_steps, seed=seed)
-        half_built.mkdir(parents=True, exist_ok=True)
-        save_file(autoencoder.state_dict(), half_built / "vae.safetensors")
-        spent.write_text(json.dumps({"wall_s": time.time() - started, "cpu_s": cpu_seconds() - cpu_before}))
+        vae.train_vae(autoencoder, [p for triples in samples.values() for _, _, p in triples], vae_steps, seed=seed)
+        vae_folder.mkdir(parents=True, exist_ok=True)
+        save_file(autoencoder.state_dict(), vae_folder / "vae.safetensors")
+        time_file.write_text(json.dumps({"wall_s": time.time() - started, "cpu_s": cpu_seconds() - cpu_before}))
     autoencoder.eval().requires_grad_(False)
-    figures: dict = {"vae": grade_vae(autoencoder, graded, seed)}
+    figures: dict = {"vae": grade_vae(autoencoder, graded_per_kind, seed)}
     print(json.dumps(figures), flush=True)
 
-    latents = {kind: vae.encode(autoencoder, [p for _, _, p in triples]) for kind, triples in painted.items()}
-    tokens = mmdit.pack(normalise(autoencoder, torch.cat(list(latents.values())))).split(pictures)
+    latents = {kind: vae.encode(autoencoder, [p for _, _, p in triples]) for kind, triples in samples.items()}
+    tokens = mmdit.pack(normalise(autoencoder, torch.cat(list(latents.values())))).split(pictures_per_kind)
     tokenizer = text.build_tokenizer()
     pipeline = QwenImagePipeline(
         scheduler=mmdit.build_scheduler(),
@@ -168,22 +181,23 @@ def build(output: Path, seed: int, vae_steps: int, steps: int, pictures: int, gr
         tokenizer=tokenizer,
         transformer=mmdit.build_denoiser(seed),
     )
-    specs = {kind: [spec for _, spec, _ in triples] for kind, triples in painted.items()}
-    data = mmdit.Captioned(specs, dict(zip(painted, tokens, strict=True)), SHARES, seed)
+    specs = {kind: [picture_spec for _, picture_spec, _ in triples] for kind, triples in samples.items()}
+    data = mmdit.CaptionedPictures(specs, dict(zip(samples, tokens, strict=True)), SHARES, seed)
 
     def report(step: int) -> None:
-        print(f"\n{step} steps: {json.dumps(grade_base(pipeline, graded // 4, seed))}", flush=True)
+        print(f"\n{step} steps: {json.dumps(grade_base(pipeline, graded_per_kind // 4, seed))}", flush=True)
 
     mmdit.train_denoiser(pipeline.transformer, mmdit.Conditions(pipeline), data, steps, seed=seed, report=report)
     pipeline.to(torch.bfloat16).save_pretrained(output)
-    # Asked for no dtype, diffusers loads its parts in float32 and transformers in what the config says: let it be one.
+    # When no dtype is given, diffusers loads its components in float32 and transformers in the config's dtype. Write
+    # float32 there, so that all components have one dtype.
     config = output / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"dtype": "bfloat16"', '"dtype": "float32"'))
-    shutil.rmtree(half_built)
+    shutil.rmtree(vae_folder)
 
-    # The figures are those of what was saved: its weights are rounded to bfloat16.
+    # Measure the saved model, whose weights are rounded to bfloat16.
     pipeline = QwenImagePipeline.from_pretrained(output, dtype=torch.float32)
-    figures["base"] = grade_base(pipeline, graded, seed)
+    figures["base"] = grade_base(pipeline, graded_per_kind, seed)
     figures["background_set"] = grade_open(pipeline, images_per_prompt=8, seed=seed)
     figures |= {
         "sampling": f"{SAMPLING_STEPS} ODE steps, no guidance",
@@ -195,20 +209,18 @@ def build(output: Path, seed: int, vae_steps: int, steps: int, pictures: int, gr
 
 
 def main() -> None:
-    """The command line."""
+    """Build the model with the settings of the command line."""
     parser = argparse.ArgumentParser(description="Build the tiny Qwen-Image.")
-    parser.add_argument("--output", type=Path, required=True, help="the folder of the checkpoint, made anew")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae-steps", type=int, default=1200)
-    parser.add_argument("--steps", type=int, default=5500, help="of the denoiser")
+    parser.add_argument("--vae-steps", type=int, default=1200, help="training steps of the VAE")
+    parser.add_argument("--steps", type=int, default=5500, help="training steps of the denoiser")
     parser.add_argument("--pictures", type=int, default=6000, help="training pictures of each kind")
-    parser.add_argument(
-        "--graded", type=int, default=256, help="held-out prompts of each kind that the figures rest on"
-    )
-    parser.add_argument("--threads", type=int, default=1, help="more are slower where other processes are busy")
+    parser.add_argument("--graded", type=int, default=256, help="held-out prompts of each kind for the figures")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; with busy cores more than 1 is slower")
     args = parser.parse_args()
     if (args.output / "model_index.json").exists():
-        parser.error(f"{args.output} holds a model already: nothing is overwritten")
+        parser.error(f"{args.output} already contains a model, and this command overwrites nothing")
     torch.set_num_threads(args.threads)
     figures = build(args.output, args.seed, args.vae_steps, args.steps, args.pictures, args.graded)
     command = (

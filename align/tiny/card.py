@@ -1,4 +1,4 @@
-"""The model card of the tiny model."""
+"""Write the model card of the tiny model."""
 
 from __future__ import annotations
 
@@ -48,9 +48,12 @@ for earlier video frames are zero: this model edits no image and makes no video.
 
 
 def model_card(figures: dict, command: str) -> str:
-    """The README.md of the checkpoint."""
+    """Write the README.md of the checkpoint.
 
-    def shown(figure: list[float] | None) -> str:
+    `figures` are those that `align.tiny.build.build` returns, `command` is the command line that built it.
+    """
+
+    def with_error(figure: list[float] | None) -> str:
         return "" if figure is None else f"{figure[0]:.3f} ± {figure[1]:.3f}"
 
     table = [
@@ -58,19 +61,19 @@ def model_card(figures: dict, command: str) -> str:
         "|---|---|---|---|---|---|",
     ]
     for kind, base in figures["base"].items():
-        ceiling = figures["vae"].get(kind, {})
-        decibels = f"{ceiling['psnr_db']:.1f} dB" if ceiling else ""
-        cells = [base["following"], base["exact"], base.get("letters"), ceiling.get("exact")]
-        table.append(f"| {kind} | {' | '.join(map(shown, cells))} | {decibels} |")
-    free = figures["background_set"]
+        vae = figures["vae"].get(kind, {})  # empty for "open", which has no pictures of its own
+        psnr = f"{vae['psnr_db']:.1f} dB" if vae else ""
+        cells = [base["following"], base["exact"], base.get("letters"), vae.get("exact")]
+        table.append(f"| {kind} | {' | '.join(map(with_error, cells))} | {psnr} |")
+    background = figures["background_set"]
     minutes = (
         f"{figures['wall_s'] / 60:.0f} min ({figures['cpu_s'] / 60:.0f} min of CPU, {figures['threads']} thread"
         f"{'s' if figures['threads'] > 1 else ''})"
     )
     table += [
         "",
-        f"The prompt set 'background' (background unsaid): exact {shown(free['exact'])}, "
-        f"red or yellow {free['warm_share']:.3f}, entropy of the background {free['background_entropy']:.3f} "
+        f"The prompt set 'background' (background unsaid): exact {with_error(background['exact'])}, "
+        f"red or yellow {background['warm_share']:.3f}, entropy of the background {background['background_entropy']:.3f} "
         "of its maximum.",
         "",
         f"Made by `{command}` in {minutes}.",

@@ -1,8 +1,8 @@
-"""The text side of the tiny model: a small BPE tokenizer and a Qwen2.5-VL text encoder that is never trained.
+"""Build the tokenizer of the tiny model, a small BPE, and its text encoder, a Qwen2.5-VL that is never trained.
 
-A random encoder serves, because the denoiser learns what its features mean; it only has to keep words apart.
-With the usual initial scale of 0.02 its layers drown the token embeddings and all words look alike (cosine
-0.6), so they are scaled to std 1 (0.1).
+A random encoder is enough: it only has to give different words different features, and the denoiser learns what
+they mean. At the usual initial scale of 0.02 its layers would outweigh the token embeddings, and all words would
+look alike (cosine 0.6). So the embeddings are scaled to std 1 (cosine 0.1).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from rewards.shapes import COLORS, RELATIONS, SHAPES
 
-WIDTH = 128  # of the encoder's output
+WIDTH = 128  # features of each token in the encoder's output
 SPECIAL_TOKENS = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -38,22 +38,23 @@ SPECIAL_TOKENS = [
 
 
 def prompt_template() -> str:
-    """The text with which the stock pipeline surrounds a prompt ("{}" is its place); it drops the tokens
-    before the prompt.
+    """Return the text with which the stock pipeline surrounds a prompt, with "{}" in place of the prompt.
+
+    The pipeline drops the tokens that come before the prompt.
     """
-    empty = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "transformer"))
-    return QwenImagePipeline(**empty).prompt_template_encode
+    no_components = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "transformer"))
+    return QwenImagePipeline(**no_components).prompt_template_encode
 
 
 def _corpus() -> list[str]:
-    """Text in which every word of the world and of the template is frequent, each with a space before it and
-    without.
+    """Return texts in which every word of the world and of the template is frequent.
 
-    Upper-case words are left out, so that the words to be painted fall into single letters.
+    Each word occurs with a space before it and without. Upper-case words are left out, so that the tokenizer splits
+    the words to be painted into single letters.
     """
-    plain = prompt_template()
+    template = prompt_template()
     for token in SPECIAL_TOKENS:
-        plain = plain.replace(token, "")
+        template = template.replace(token, "")
     nouns = [noun for shape in (*SHAPES, "object") for noun in (shape, "crosses" if shape == "cross" else shape + "s")]
     words = [
         *COLORS,
@@ -70,13 +71,13 @@ def _corpus() -> list[str]:
         "background",
     ]
     pairs = [f"{first} {second}" for first, second in itertools.product(words, words)]
-    return pairs + [plain.format("")] * 200
+    return pairs + [template.format("")] * 200
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level BPE in which each word of the world and of the template's head is one token.
+    """Train a byte-level BPE that has one token for each word of the world and of the template's head.
 
-    So the head is 34 tokens long, which is the number the stock pipeline drops.
+    The head then has 34 tokens, which is the number that the stock pipeline drops.
     """
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
@@ -104,7 +105,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 
 def build_text_encoder(tokenizer: Qwen2Tokenizer, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
-    """A random, frozen Qwen2.5-VL of 0.4 M parameters whose ids match the tokenizer's."""
+    """Build a random, frozen Qwen2.5-VL of 0.4 M parameters whose special token ids are the tokenizer's."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     text_config = {
         "vocab_size": -(-len(tokenizer) // 64) * 64,
@@ -118,7 +119,7 @@ def build_text_encoder(tokenizer: Qwen2Tokenizer, seed: int = 0) -> Qwen2_5_VLFo
         "bos_token_id": ids["<|endoftext|>"],
         "eos_token_id": ids["<|im_end|>"],
         "pad_token_id": ids["<|endoftext|>"],
-        # The sections divide the rotary frequencies of one head: they sum to half its width.
+        # The sections divide the rotary frequencies of one head, so they must sum to half its width.
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
     }
     vision_config = {

@@ -1,8 +1,8 @@
-"""The VAE of the tiny model: AutoencoderKLQwenImage of 0.7 M parameters, trained on pictures of the world.
+"""Build and train the VAE of the tiny model: an AutoencoderKLQwenImage of 0.7 M parameters.
 
-The Qwen-Image VAE is made for video: its convolutions are causal in time, and a single frame meets only the
-last of their three temporal taps. So the taps are trained as what they are, 2-D convolutions, and put into
-place afterwards; the other taps are zero. For one frame that is exact, and two to three times faster.
+The Qwen-Image VAE is made for video. Its convolutions are causal in time, and a single frame is multiplied only
+with the last of their three temporal taps. So these taps are trained as 2-D convolutions and copied back
+afterwards; the other taps are zero. For one frame the result is exact, and two to three times faster.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
 from PIL import Image
 from tqdm import trange
 
-CHANNELS = 16  # of the latents
-SCALE = 8  # pixels along the side of one latent
+CHANNELS = 16  # channels of the latents
+SCALE = 8  # pixels of the image along each side of one latent
 
 
 def build_vae() -> AutoencoderKLQwenImage:
-    """An untrained VAE: 64 x 64 pixels to latents of 16 x 8 x 8."""
+    """Build an untrained VAE, which maps 64 x 64 pixels to latents of 16 x 8 x 8."""
     return AutoencoderKLQwenImage(
         base_dim=8,
         z_dim=CHANNELS,
@@ -42,19 +42,23 @@ def build_vae() -> AutoencoderKLQwenImage:
 
 
 def to_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
-    """Images to (batch, 3, 1 frame, height, width) in [-1, 1]."""
+    """Convert images to a tensor (batch, 3, 1 frame, height, width) with values in [-1, 1]."""
     stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return (stacked.permute(0, 3, 1, 2).float() / 127.5 - 1).unsqueeze(2)
 
 
 def to_images(pixels: torch.Tensor) -> list[Image.Image]:
-    """The inverse of `to_pixels`, with clipping."""
+    """Convert pixels back to images, clipped to [-1, 1]; the inverse of `to_pixels`."""
     scaled = ((pixels[:, :, 0].clamp(-1, 1) + 1) * 127.5).round().byte()
     return [Image.fromarray(image) for image in scaled.permute(0, 2, 3, 1).numpy()]
 
 
 def _frame_forward(conv: QwenImageCausalConv3d, kernel: torch.Tensor, x: torch.Tensor, cache_x=None) -> torch.Tensor:
-    """The causal convolution of one frame, as a 2-D convolution with `kernel` (out, in * height * width)."""
+    """Compute the causal convolution of one frame as a 2-D convolution.
+
+    `x` is (batch, in, 1, height, width), `kernel` is (out, in * kernel height * kernel width). `cache_x` is unused:
+    diffusers passes it to the method that this one replaces.
+    """
     _, channels, _, height, width = conv.weight.shape
     pad = (conv._padding[2], conv._padding[0])
     y = F.conv2d(x[:, :, 0], kernel.view(-1, channels, height, width), conv.bias, conv.stride[1:], pad)
@@ -63,8 +67,9 @@ def _frame_forward(conv: QwenImageCausalConv3d, kernel: torch.Tensor, x: torch.T
 
 @contextlib.contextmanager
 def one_frame(vae: AutoencoderKLQwenImage) -> Iterator[list[torch.nn.Parameter]]:
-    """Within this context the VAE sees single frames only; gives its 2-D kernels as matrices, which may be
-    trained.
+    """Replace the VAE's causal convolutions by 2-D convolutions of single frames, until the block ends.
+
+    Yields the 2-D kernels as matrices, which may be trained; at the end they are copied back into the VAE.
     """
     kernels = {}
     for module in vae.modules():
@@ -76,14 +81,16 @@ def one_frame(vae: AutoencoderKLQwenImage) -> Iterator[list[torch.nn.Parameter]]
         yield list(kernels.values())
     finally:
         for module, kernel in kernels.items():
-            del module.forward  # the method of the class shows again
+            del module.forward  # uncovers the method of the class
             with torch.no_grad():
                 module.weight[:, :, -1] = kernel.view_as(module.weight[:, :, -1])
 
 
 def _initialise(vae: AutoencoderKLQwenImage, seed: int) -> None:
-    """Variance-preserving weights on the tap that sees the frame, zero on the others; residual branches start
-    small.
+    """Initialise the weights in place, seeded.
+
+    The last temporal tap of each convolution preserves variance, the other taps are zero, and the residual branches
+    start small.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -106,7 +113,7 @@ def _initialise(vae: AutoencoderKLQwenImage, seed: int) -> None:
 
 
 def _decode(vae: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
-    """Decode without the clipping to [-1, 1] of `vae.decode`, which would stop gradients."""
+    """Decode latents to pixels, without the clipping of `vae.decode`, which would stop gradients."""
     vae.clear_cache()
     return vae.decoder(vae.post_quant_conv(latents), feat_cache=vae._feat_map, feat_idx=[0])
 
@@ -121,20 +128,22 @@ def train_vae(
     kl_weight: float = 5e-4,
     seed: int = 0,
 ) -> None:
-    """Train in place by mean absolute + mean squared error + kl_weight * KL; the first 85 % of the steps on
-    crops of 32 x 32.
+    """Train the VAE in place.
+
+    The loss is mean absolute error + mean squared error + kl_weight * KL. The first 85 % of the steps use crops of
+    32 x 32 pixels, which are faster.
     """
     _initialise(vae, seed)
     pixels, generator = to_pixels(images), torch.Generator().manual_seed(seed)
     crop, size = 32, pixels.shape[-1]
     with one_frame(vae) as kernels:
-        # First and last layer are no maps between hidden features: Muon is for those in between.
-        hidden = [k for k in kernels if min(k.shape) >= 8 and k.shape[1] != 27]
-        trained = {id(p) for p in hidden}
-        rest = [p for p in (*kernels, *vae.parameters()) if id(p) not in trained]
+        # Muon is for maps between hidden features, which the first and the last layer are not.
+        hidden_kernels = [k for k in kernels if min(k.shape) >= 8 and k.shape[1] != 27]
+        hidden_ids = {id(p) for p in hidden_kernels}
+        other_parameters = [p for p in (*kernels, *vae.parameters()) if id(p) not in hidden_ids]
         optimizers = [
-            torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0),
-            torch.optim.Muon(hidden, lr=muon_learning_rate, weight_decay=0.0),
+            torch.optim.AdamW(other_parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0),
+            torch.optim.Muon(hidden_kernels, lr=muon_learning_rate, weight_decay=0.0),
         ]
         schedule = lambda step: min(1.0, (step + 1) / 50) * (0.51 + 0.49 * np.cos(np.pi * step / steps))  # noqa: E731
         schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) for optimizer in optimizers]
@@ -158,7 +167,7 @@ def train_vae(
 
 @torch.no_grad()
 def encode(vae: AutoencoderKLQwenImage, images: Sequence[Image.Image], batch_size: int = 64) -> torch.Tensor:
-    """Latents as the VAE gives them, not normalised: (batch, CHANNELS, 1, height / SCALE, width / SCALE)."""
+    """Encode images to latents (batch, CHANNELS, 1, height / SCALE, width / SCALE), not normalised."""
     with one_frame(vae):
         return torch.cat(
             [
@@ -170,12 +179,12 @@ def encode(vae: AutoencoderKLQwenImage, images: Sequence[Image.Image], batch_siz
 
 @torch.no_grad()
 def decode(vae: AutoencoderKLQwenImage, latents: torch.Tensor, batch_size: int = 64) -> list[Image.Image]:
-    """Images of latents as `encode` gives them."""
+    """Decode latents, as `encode` returns them, to images."""
     with one_frame(vae):
-        return [image for part in latents.split(batch_size) for image in to_images(vae.decode(part).sample)]
+        return [image for batch in latents.split(batch_size) for image in to_images(vae.decode(batch).sample)]
 
 
 def psnr(images: Sequence[Image.Image], others: Sequence[Image.Image]) -> float:
-    """Mean peak signal-to-noise ratio in dB."""
+    """Return the mean peak signal-to-noise ratio between pairs of images, in dB."""
     error = (to_pixels(images) - to_pixels(others)).square().mean((1, 2, 3, 4)) / 4
     return float(-10 * error.clamp_min(1e-10).log10().mean())

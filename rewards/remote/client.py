@@ -24,7 +24,7 @@ from rewards.contract import CALL_SECONDS, RewardError, RewardFailed, RewardUnav
 from rewards.hints import nearest
 from rewards.remote import wire
 from rewards.remote.headers import retry_after
-from rewards.remote.threads import in_thread
+from rewards.threads import in_thread
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from rewards.contract import CALL_SECONDS, RewardError, RewardFailed, RewardUnav
 from rewards.remote import wire
 from rewards.remote.environments import check_environment, environment_python
 from rewards.remote.process import Worker, WorkerLost
-from rewards.remote.threads import in_thread
+from rewards.threads import in_thread
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from rewards.calling import as_json, score_one
 from rewards.contract import Reward, RunsElsewhere
 from rewards.hints import nearest
-from rewards.remote.threads import in_thread
 from rewards.remote.wire import ContentError, Request
+from rewards.threads import in_thread
 
 #: The health page reports a call that takes longer than this many seconds.
 STUCK_SECONDS = 600.0

@@ -23,7 +23,7 @@ from rewards.hints import nearest
 from rewards.registry import load_rewards
 from rewards.remote import wire
 from rewards.remote.lanes import Busy, Lane, Metrics
-from rewards.remote.threads import in_thread
+from rewards.threads import in_thread
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from rewards.contract import RewardUnavailable, close_callable
-from rewards.remote.threads import in_thread
+from rewards.threads import in_thread
 
 
 class Timed:

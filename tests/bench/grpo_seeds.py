@@ -1,9 +1,10 @@
-"""GRPO over several seeds of one config: a table of every held-out measure before and after.
+"""Run GRPO with several seeds of one config, and print every held-out measure before and after training.
 
     python tests/bench/grpo_seeds.py --config configs/tiny/grpo.yaml --seeds 0 1 2 3 4
 
-Every run is a process of its own; wall and CPU time are the whole process, start and pictures included, and memory its
-peak. Standard errors are of the change itself, over the prompts: both evaluations start from the same noise.
+Every run is a separate process. Wall time and CPU time are those of the complete process, including its start and the
+pictures; memory is its peak. Standard errors are those of the change, over the prompts: both evaluations start from the
+same noise.
 """
 
 import argparse
@@ -22,18 +23,18 @@ ROOT = Path(__file__).parents[2]
 
 
 def cpu_seconds() -> float:
-    """Of all child processes that have ended."""
+    """Return the CPU time of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def run(config: Path, seed: int, folder: Path, overrides: list[str]) -> dict[str, float]:
-    """One training run; its held-out changes, wall seconds, CPU minutes and forward-equivalents."""
+    """Train once; return held-out measures, wall seconds, CPU minutes and forward-equivalents by name."""
     command = [sys.executable, str(ROOT / "align/grpo.py"), "--config", str(config), "--seed", str(seed)]
     command += ["--output_dir", str(folder), "--disable_tqdm", "true", *overrides]
-    started, cpu = time.perf_counter(), cpu_seconds()
+    started, cpu_before = time.perf_counter(), cpu_seconds()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    result = {"seconds": time.perf_counter() - started, "cpu": (cpu_seconds() - cpu) / 60}
+    result = {"seconds": time.perf_counter() - started, "cpu": (cpu_seconds() - cpu_before) / 60}
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     errors = paired_errors(folder)
     for name, before, _, after, _ in held_out_changes(log):
@@ -49,18 +50,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "configs/tiny/grpo.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    known, overrides = parser.parse_known_args()
+    args, overrides = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         runs = []
-        for seed in known.seeds:
-            runs.append(run(known.config.resolve(), seed, Path(folder) / str(seed), overrides))
+        for seed in args.seeds:
+            runs.append(run(args.config.resolve(), seed, Path(folder) / str(seed), overrides))
             print(f"seed {seed}: {runs[-1]['seconds']:.0f} s", file=sys.stderr, flush=True)
     measures = [key.removesuffix(" change") for key in runs[0] if key.endswith(" change")]
-    print(
-        "| seed | " + " | ".join(f"{m} | change" for m in measures) + " | seconds | CPU minutes | forward-equivalents |"
-    )
+    heads = " | ".join(f"{measure} | change" for measure in measures)
+    print(f"| seed | {heads} | seconds | CPU minutes | forward-equivalents |")
     print("|---" * (2 * len(measures) + 4) + "|")
-    for seed, row in zip(known.seeds, runs, strict=True):
+    for seed, row in zip(args.seeds, runs, strict=True):
         cells = [
             f"{row[f'{m} before']:.3f} -> {row[f'{m} after']:.3f} | {row[f'{m} change']:+.3f} ± {row[f'{m} se']:.3f}"
             for m in measures

@@ -1,9 +1,9 @@
-"""How much faster single images are decoded with align.models.qwen_vae, side by side with diffusers' own.
+"""Compare the speed at which align.models.qwen_vae and stock diffusers decode single images.
 
     python tests/bench/vae.py
 
-On the tiny VAE and on one of Qwen-Image's size with random weights: seconds an image, the least of several runs taken in
-turn, and how far the two results lie apart, as a share of the largest value.
+The table has the tiny VAE, and one of Qwen-Image's size with random weights. It shows seconds an image, the least of
+several runs that take turns, and the largest difference of the two results relative to the largest value.
 """
 
 import argparse
@@ -19,19 +19,19 @@ from align.tiny import CHECKPOINT
 
 
 def seconds(work: Callable[[], torch.Tensor]) -> float:
-    """Wall time of one run, the accelerator's work included."""
-    begin = time.perf_counter()
+    """Return the wall time of one call, including the accelerator's work."""
+    started = time.perf_counter()
     work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return time.perf_counter() - started
 
 
 @torch.no_grad()
 def row(name: str, vae: AutoencoderKLQwenImage, images: int, size: int, repeats: int) -> str:
-    """One line of the table."""
-    ours = copy.deepcopy(vae)
-    speed_up_images(ours.decoder)
+    """Measure, and format a line of the table."""
+    fast_vae = copy.deepcopy(vae)
+    speed_up_images(fast_vae.decoder)
     shape = (images, vae.config.z_dim, 1, size // 8, size // 8)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(vae.device, vae.dtype)
 
@@ -39,19 +39,19 @@ def row(name: str, vae: AutoencoderKLQwenImage, images: int, size: int, repeats:
         return vae.decode(latents).sample
 
     def fast() -> torch.Tensor:
-        return ours.decode(latents).sample
+        return fast_vae.decode(latents).sample
 
-    a, b = stock(), fast()
-    apart = ((a - b).abs().max() / a.abs().max()).item()
+    expected, result = stock(), fast()
+    difference = ((expected - result).abs().max() / expected.abs().max()).item()
     times = [(seconds(stock), seconds(fast)) for _ in range(repeats)]
-    slow, quick = (min(each) / images for each in zip(*times, strict=True))
-    return f"| {name} | {slow:.4f} | {quick:.4f} | {slow / quick:.1f} | {apart:.0e} |"
+    stock_time, fast_time = (min(times_of_way) / images for times_of_way in zip(*times, strict=True))
+    return f"| {name} | {stock_time:.4f} | {fast_time:.4f} | {stock_time / fast_time:.1f} | {difference:.0e} |"
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure both VAEs and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=256, help="of the large VAE's images, in pixels")
+    parser.add_argument("--size", type=int, default=256, help="pixels along each side of the large VAE's images")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

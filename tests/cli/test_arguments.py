@@ -7,17 +7,19 @@ import shutil
 import pytest
 import torch
 
-from align import grpo
+from align import dpo, dpo_online, generate, grpo, nft, sft
 from align.cli.arguments import (
     DTYPES,
     LORA_FILE,
     ModelArguments,
-    check_launch,
     parse,
     plain_errors,
     resolve_dataset,
 )
+from align.cli.checks import check_launch
+from align.cli.configs import find_config, shipped
 from align.grpo import DataArguments, GRPOConfig
+from align.models.families import outline
 from align.models.qwen_image import QwenImage
 from align.tiny import CHECKPOINT, PROMPTS
 
@@ -45,7 +47,7 @@ def no_model(monkeypatch):
     def loaded(*args, **kwargs):
         raise ModelLoaded
 
-    monkeypatch.setattr(QwenImage, "from_pretrained", loaded)
+    monkeypatch.setattr(QwenImage, "load", loaded)
 
 
 def arguments(**overrides) -> list[str]:
@@ -308,7 +310,7 @@ def test_every_dtype_is_named_as_in_torch(name):
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (16, 128), (512, 80)])
 def test_a_resolution_of_whole_tokens_is_fine(height, width):
-    ModelArguments().check(height, width)
+    assert outline("tiny").latent_shape(height, width) == (height * width // 256, 64)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +325,7 @@ def test_a_resolution_of_whole_tokens_is_fine(height, width):
 )
 def test_a_resolution_that_does_not_divide_names_the_nearest(height, width, message):
     with pytest.raises(ValueError, match=message):
-        ModelArguments().check(height, width)
+        outline("tiny").latent_shape(height, width)
 
 
 # --- Embedded data ---
@@ -408,7 +410,10 @@ def test_the_command_line_below_works_but_for_its_one_mistake():
         ({"eval_dataset_name": "tiny/ful", "eval_strategy": "steps"}, ["'tiny/ful'", "Did you mean 'tiny/full'?"]),
         ({"eval_dataset_name": "./no_prompt.jsonl"}, ["has no column 'prompt'"]),
         ({"guard_dataset_names": ["tiny/full", "tiny/wrds"]}, ["'tiny/wrds'", "Did you mean 'tiny/words'?"]),
-        ({"guard_dataset_names": "./prompts.jsonl"}, ["'warm_background' needs the data column 'spec'"]),
+        (
+            {"guard_dataset_names": "./prompts.jsonl", "eval_dataset_name": "tiny/full"},
+            ["'warm_background' needs the data column 'spec'"],
+        ),
         ({"eval_strategy": "steps"}, ["eval_strategy is set and there is no held-out data", "--eval_dataset_name"]),
         ({"eval_on_start": True}, ["there is no held-out data"]),
         ({"model": "./no_such_model"}, ["model folder './no_such_model' does not exist", "owner/name", "tiny"]),
@@ -500,9 +505,12 @@ def test_an_earlier_run_is_not_overwritten_unless_asked(folder):
     (folder / "run" / "checkpoint-12").mkdir(parents=True)
     (folder / "run" / "checkpoint-12" / "trainer_state.json").write_text(json.dumps({"global_step": 12}))
     said = answer(resume_from_checkpoint=True)
-    assert "no checkpoint in run is whole: run/checkpoint-12 has no checkpoint.json" in said
-    run = {"algorithm": {"algorithm": "GRPO"}, "trained": {"tuning": "LoRA"}}
-    content = {"format": 1, "version": "0.1.0", "run": run, "files": {"trainer_state.json": 19}}
+    assert "no checkpoint in run is complete: run/checkpoint-12 has no checkpoint.json" in said
+    run = {
+        "algorithm": {"algorithm": "GRPO"},
+        "trained": {"tuning": "LoRA"},
+    }  # what a part does not say is not compared
+    content = {"format": 2, "version": "0.1.0", "run": run, "files": {"trainer_state.json": 19}}
     (folder / "run" / "checkpoint-12" / "checkpoint.json").write_text(json.dumps(content))
     said = answer()
     assert "run holds checkpoint-12 of an earlier run" in said
@@ -523,17 +531,75 @@ def test_dropout_in_the_adapter_is_refused():
 @pytest.mark.parametrize(
     ("overrides", "fragments"),
     [
-        ({"dataset_name": None}, ["--dataset_name"]),
-        ({"rewards": None}, ["--rewards"]),
+        ({"dataset_name": None}, ["required: --dataset_name"]),
+        ({"rewards": None}, ["required: --rewards"]),
         ({"seed": "abc"}, ["--seed", "abc"]),
         ({"sde_type": "sdee"}, ["--sde_type", "sdee", "sde", "cps"]),
         ({"eval_strategy": "sometimes"}, ["--eval_strategy", "sometimes", "epoch"]),
         ({"use_peft": "maybe"}, ["--use_peft", "maybe"]),
     ],
 )
-def test_what_the_parser_itself_refuses_names_the_option(overrides, fragments, capsys):
+def test_what_the_parser_itself_refuses_names_the_option_without_the_usage_of_all(overrides, fragments, capsys):
+    said = answer(**overrides)
+    assert all(fragment in said for fragment in fragments), said
+    assert "usage" not in said and "usage" not in capsys.readouterr().err
+
+
+# --- Without a word, and help ---
+
+
+@pytest.mark.parametrize("door", [grpo, nft, dpo, dpo_online, sft, generate])
+@pytest.mark.parametrize("by_path", [True, False])
+def test_without_a_word_three_lines_say_what_to_type(door, by_path, monkeypatch, capsys):
+    started = f"align/{door.__name__.split('.')[1]}.py" if by_path else "door.py"
+    monkeypatch.setattr("sys.argv", [started])
     with pytest.raises(SystemExit) as caught:
-        grpo.main(arguments(**overrides))
-    assert caught.value.code == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert all(fragment in last for fragment in fragments), last
+        door.main()
+    assert not caught.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    command, _, config_name = lines[0].partition(": ")[2].rpartition(" --config ")
+    assert config_name in shipped()
+    name = door.__name__.split(".")[1]
+    assert command == (f"accelerate launch {started}" if started != "door.py" else f"flow-align {name}")
+
+
+def test_help_shows_our_options_before_those_of_transformers_and_says_where_each_is_declared(capsys):
+    with pytest.raises(SystemExit):
+        grpo.main(["--help"])
+    text = capsys.readouterr().out
+    titles = [line.rstrip(":") for line in text.splitlines() if line.endswith("):") and not line.startswith(" ")]
+    assert titles == [
+        "DataArguments (align/cli/data.py)",
+        "ModelArguments (align/cli/arguments.py)",
+        "GRPOConfig (align/grpo.py)",
+        "AdvantageConfig (align/online/settings.py)",
+        "OnlineConfig (align/online/settings.py)",
+        "FlowConfig (align/engine/settings.py)",
+        "TrainingArguments (transformers)",
+    ]
+    assert (
+        text.startswith("usage: flow-align grpo --config FILE_OR_NAME")
+        and "--max_steps" not in text[: text.index("--noise_level")]
+    )
+    own, theirs = text.split("TrainingArguments (transformers)")
+    for option in ("--noise_level", "--num_generations", "--seed", "--adapter"):
+        assert f"  {option} " in own and f"  {option} " not in theirs
+    assert "  --max_steps " in theirs
+
+
+# --- Shipped configs by name ---
+
+
+def test_a_shipped_config_is_found_by_its_name(folder):
+    _, _, args = parsed("--config", "tiny/grpo", num_generations=None, generation_batch_size=None)
+    assert (args.num_generations, args.generation_batch_size) == (8, 256)
+    assert find_config("tiny/grpo") == find_config("tiny/grpo.yaml") == shipped()["tiny/grpo"]
+    (folder / "tiny").mkdir()
+    (folder / "tiny" / "grpo.yaml").write_text("seed: 9")
+    assert find_config("tiny/grpo.yaml").read_text() == "seed: 9"  # the user's own file comes first
+
+
+def test_an_unknown_name_of_a_config_names_the_nearest():
+    with pytest.raises(FileNotFoundError, match=r"config file tiny/gpro does not exist\. Did you mean 'tiny/grpo'\?"):
+        find_config("tiny/gpro")

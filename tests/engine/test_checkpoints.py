@@ -22,14 +22,21 @@ from transformers import TrainerCallback
 
 from align import dpo_online, grpo
 from align.engine import reports
-from align.engine.checkpoints import MANIFEST, UNFINISHED, CheckpointError, checkpoints, fault, find, written_whole
+from align.engine.checkpoints import MANIFEST, UNFINISHED, CheckpointError, fault, find, list_all, written
+from align.engine.resume import check_earlier_run, plan_resume
 from align.engine.settings import FlowConfig
 from align.grpo import GRPOConfig, GRPOTrainer
+from align.models.families import load_model
 from align.models.qwen_image import QwenImage
 from align.tiny import CHECKPOINT
 
 PROMPTS = Dataset.from_dict({"prompt": ["a circle", "two squares", "red objects", "a blue cross"]})
-RUN = {"algorithm": {"algorithm": "GRPO"}, "model": {"name": "tiny"}, "trained": {"tuning": "LoRA"}, "dealing": {}}
+RUN = {
+    "algorithm": {"algorithm": "GRPO"},
+    "model": {"name": "tiny"},
+    "trained": {"tuning": "LoRA"},
+    "fixed_on_resume": {},
+}
 
 
 def trainer(folder: Path, model: str | Path = "tiny", lora: dict | None = None, **overrides) -> GRPOTrainer:
@@ -40,7 +47,7 @@ def trainer(folder: Path, model: str | Path = "tiny", lora: dict | None = None, 
     }  # fmt: skip
     config = GRPOConfig(**(settings | overrides))
     peft = LoraConfig(**({"r": 2, "lora_alpha": 4} | (lora or {})))
-    return GRPOTrainer(QwenImage.from_pretrained(model), [brightness], config, PROMPTS, peft_config=peft)
+    return GRPOTrainer(load_model(model), [brightness], config, PROMPTS, peft_config=peft)
 
 
 def fill(folder: Path, **files: int) -> None:
@@ -50,7 +57,7 @@ def fill(folder: Path, **files: int) -> None:
 
 def make(output_dir: Path, step: int, **options) -> Path:
     final = output_dir / f"checkpoint-{step}"
-    with written_whole(final, RUN, True, **options) as folder:
+    with written(final, RUN, True, **options) as folder:
         fill(folder, model=step, optimizer=2 * step)
     return final
 
@@ -74,14 +81,14 @@ def copy(finished, tmp_path):
 
 def test_what_is_written_gets_its_name_at_the_end_and_lists_its_files(tmp_path):
     final = tmp_path / "checkpoint-3"
-    with written_whole(final, RUN, True) as folder:
+    with written(final, RUN, True) as folder:
         fill(folder, model=10)
-        assert not final.exists() and checkpoints(tmp_path) == []
+        assert not final.exists() and list_all(tmp_path) == []
         (folder / "deeper").mkdir()
         fill(folder / "deeper", shard=7)
     assert fault(final) is None and not (tmp_path / UNFINISHED).exists()
     content = json.loads((final / MANIFEST).read_text())
-    assert content["files"] == {"model": 10, "deeper/shard": 7} and content["run"] == RUN and content["format"] == 1
+    assert content["files"] == {"model": 10, "deeper/shard": 7} and content["run"] == RUN and content["format"] == 2
 
 
 @pytest.mark.parametrize(
@@ -104,19 +111,22 @@ def test_a_broken_one_is_passed_over_aloud_and_refused_by_path(tmp_path, caplog,
     assert words in str(caught.value)
     for step in (2, 4):
         (tmp_path / f"checkpoint-{step}" / "model").unlink()
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole: .*checkpoint-6.*checkpoint-4 lacks model"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is complete: .*checkpoint-6.*checkpoint-4 lacks model"):
         find(str(tmp_path), True)
 
 
-def test_nothing_to_resume_is_a_fresh_start_and_a_missing_path_an_error(tmp_path):
+def test_nothing_to_resume_is_a_fresh_start_and_a_missing_path_an_error(tmp_path, caplog):
     assert find(str(tmp_path / "none"), True) is None
     with pytest.raises(FileNotFoundError, match="no checkpoint to resume from: elsewhere"):
         find(str(tmp_path), "elsewhere")
     config = FlowConfig(str(tmp_path), resume_from_checkpoint="true", use_cpu=True)
-    assert config.checkpoint_to_resume() is None
+    plan = plan_resume(config, {}, "true")
+    assert plan.folder is None
+    check_earlier_run(config, plan)
+    assert "holds no checkpoint to resume from yet: starting afresh" in caplog.text
     (tmp_path / "trainer_state.json").write_text("{}")
     with pytest.raises(FileExistsError, match=r"holds trainer_state\.json of an earlier run"):
-        config.checkpoint_to_resume()
+        check_earlier_run(config, plan)
 
 
 def test_what_a_crash_left_is_removed_and_what_lacks_only_its_name_gets_it(tmp_path):
@@ -127,7 +137,7 @@ def test_what_a_crash_left_is_removed_and_what_lacks_only_its_name_gets_it(tmp_p
     whole.rename(tmp_path / UNFINISHED / "checkpoint-3")  # killed between sealing and naming
     assert find(str(tmp_path), True) == tmp_path / "checkpoint-1"
     make(tmp_path, 4)
-    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-3", "checkpoint-1"]
+    assert [p.name for p in list_all(tmp_path)] == ["checkpoint-4", "checkpoint-3", "checkpoint-1"]
     assert not (tmp_path / UNFINISHED).exists()
 
 
@@ -136,14 +146,14 @@ def test_the_limit_counts_whole_ones_and_never_takes_the_new_or_the_best(tmp_pat
         make(tmp_path, step)
     (tmp_path / "checkpoint-3" / "model").unlink()
     make(tmp_path, 4, limit=3)
-    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-2", "checkpoint-1"]
+    assert [p.name for p in list_all(tmp_path)] == ["checkpoint-4", "checkpoint-2", "checkpoint-1"]
     make(tmp_path, 5, limit=2, best=str(tmp_path / "checkpoint-1"))
-    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-1"]
-    with pytest.raises(CheckpointError), written_whole(tmp_path / "checkpoint-6", RUN, True, limit=1) as folder:
+    assert [p.name for p in list_all(tmp_path)] == ["checkpoint-5", "checkpoint-1"]
+    with pytest.raises(CheckpointError), written(tmp_path / "checkpoint-6", RUN, True, limit=1) as folder:
         raise OSError(28, "No space left on device")
-    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-1"] and not folder.exists()
+    assert [p.name for p in list_all(tmp_path)] == ["checkpoint-5", "checkpoint-1"] and not folder.exists()
     make(tmp_path, 5, limit=1)  # again, in the place of itself
-    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-5"] and fault(tmp_path / "checkpoint-5") is None
+    assert [p.name for p in list_all(tmp_path)] == ["checkpoint-5"] and fault(tmp_path / "checkpoint-5") is None
 
 
 # --- A run ---
@@ -154,7 +164,7 @@ def test_a_truncated_checkpoint_is_passed_over_and_the_run_ends_the_same(finishe
         os.truncate(copy / f"checkpoint-{step}" / "optimizer.pt", 100)
     again = trainer(copy)
     again.train(resume_from_checkpoint=True)
-    assert again.resumed_from == str(copy / "checkpoint-2")
+    assert again.resumed_from == copy / "checkpoint-2"
     assert "optimizer.pt has 100 bytes" in caplog.text
     for name, parameter in finished.trained_parameters().items():
         assert torch.equal(parameter, again.trained_parameters()[name])
@@ -163,7 +173,7 @@ def test_a_truncated_checkpoint_is_passed_over_and_the_run_ends_the_same(finishe
 
 def test_a_run_keeps_as_many_as_it_is_told(tmp_path):
     trainer(tmp_path, max_steps=3, save_total_limit=1).train()
-    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-3"] and not (tmp_path / UNFINISHED).exists()
+    assert [p.name for p in list_all(tmp_path)] == ["checkpoint-3"] and not (tmp_path / UNFINISHED).exists()
 
 
 def test_a_disk_that_fills_up_ends_the_run_and_spares_the_last_checkpoint(tmp_path):
@@ -209,13 +219,20 @@ def other_model(folder: Path) -> Path:
         ),
         ({"lora": {"lora_alpha": 8}}, "lora_alpha is 8 and was 4"),
         ({"lora": {"target_modules": ["to_q"]}}, "lora_target_modules is"),
-        ({"noise_level": 0.5}, "noise_level is 0.5 and was 0.7"),
+        (
+            {"noise_level": 0.5},
+            "noise_level is 0.5 and was 0.7 when .*: resume with --noise_level 0.7, or start a new run",
+        ),
+        (
+            {"seed": 7, "sde_window_size": 2, "per_device_train_batch_size": 8},
+            "seed is 7 and was 42, sde_window_size is 2 and was 1 .* resume with --seed 42 --sde_window_size 1",
+        ),
         (
             {"model": "other"},
             r"the model is .*other and was tiny \(weights is .* resume with the model it was trained on",
         ),
     ],
-    ids=["rank", "alpha", "targets", "dealing", "model"],
+    ids=["rank", "alpha", "targets", "noise level", "several", "model"],
 )
 def test_another_run_is_refused_before_training(finished, tmp_path, changes, message):
     if "model" in changes:
@@ -240,7 +257,7 @@ def test_the_command_line_refuses_another_run_before_a_model_is_loaded(copy, mon
     def loaded(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(QwenImage, "from_pretrained", loaded)
+    monkeypatch.setattr(QwenImage, "load", loaded)
     monkeypatch.chdir(copy)
     other_model(copy / "other")
     shutil.copy("checkpoint-1/pytorch_lora_weights.safetensors", copy)
@@ -253,14 +270,26 @@ def test_the_command_line_refuses_another_run_before_a_model_is_loaded(copy, mon
     words |= {"sde_window_size": 1} if main is grpo.main else {}
     with pytest.raises(SystemExit, match=message) as caught:
         main([str(word) for name, value in (words | overrides).items() for word in (f"--{name}", value)])
-    assert "checkpoint-4 was written: resume with the" in str(caught.value)
+    assert "checkpoint-4 was written: resume with " in str(caught.value)
 
 
-def test_a_newer_format_names_the_version_that_reads_it(finished, copy):
+@pytest.mark.parametrize("number", [1, 3])
+def test_another_format_names_the_version_that_reads_it(finished, copy, number):
     file = copy / "checkpoint-4" / MANIFEST
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2, "version": "7.1"}))
-    with pytest.raises(ValueError, match=r"written by flow-align 7\.1 \(format 2\).*reads up to format 1: install"):
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": number, "version": "7.1"}))
+    with pytest.raises(
+        ValueError, match=rf"by flow-align 7\.1 in format {number}, .* reads format 2: resume with that .*--adapter"
+    ):
         trainer(copy).train(resume_from_checkpoint=True)
+
+
+def test_settings_that_may_change_are_named_when_they_do(finished, copy, caplog):
+    run = trainer(copy, max_steps=5, epsilon=2e-4, beta=0.1)
+    run.train(resume_from_checkpoint=True)
+    assert "checkpoint-4 was written: epsilon 0.0001 -> 0.0002, beta 0.0 -> 0.1" in caplog.text
+    caplog.clear()
+    trainer(copy, max_steps=5, epsilon=2e-4, beta=0.1).train(resume_from_checkpoint=True)
+    assert "settings changed" not in caplog.text
 
 
 # --- Security ---
@@ -345,7 +374,7 @@ def test_a_schedulers_warning_ends_the_run_with_a_checkpoint(tmp_path, number):
 def test_every_process_group_gets_the_time_out(tmp_path):
     """Also those that were made with another one, as DeepSpeed's are."""
     script = (
-        "import torch.distributed as d\nfrom datetime import timedelta\nfrom align.engine.weights import bound_waiting\n"
+        "import torch.distributed as d\nfrom datetime import timedelta\nfrom align.engine.signals import bound_waiting\n"
         f"d.init_process_group('gloo', init_method='file://{tmp_path}/store', rank=0, world_size=1)\n"
         "other = d.new_group([0], timeout=timedelta(seconds=999))\nbound_waiting(7)\n"
         "print([g._get_backend(__import__('torch').device('cpu')).options._timeout.total_seconds() "
@@ -390,7 +419,7 @@ def test_two_processes_signalled_through_their_launcher_leave_one_good_checkpoin
     process.send_signal(signal.SIGUSR1)
     rest, _ = process.communicate(timeout=60)
     assert rest.count("SIGUSR1: finishing this update") == 2 and process.returncode == 1  # torchrun's own
-    (folder,) = checkpoints(tmp_path / "out")
+    (folder,) = list_all(tmp_path / "out")
     assert fault(folder) is None and f"--resume_from_checkpoint out/{folder.name}" in rest
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {p.name for p in folder.iterdir()}
     done = int(folder.name.rpartition("-")[2])
@@ -410,7 +439,7 @@ LASTING = [*WORDS, "--save_steps", "500", "--max_steps", "400", "--output_dir", 
 def check_stopped(folder: Path, process: subprocess.Popen, name: str, code: int) -> None:
     output, _ = process.communicate(timeout=60)
     assert process.returncode == code and output.count(f"{name}: finishing this update") == 2, output[-3000:]
-    (saved,) = checkpoints(folder / "out")
+    (saved,) = list_all(folder / "out")
     assert fault(saved) is None and f"--resume_from_checkpoint out/{saved.name}" in output
 
 

@@ -7,14 +7,17 @@ import re
 import warnings
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from peft import LoraConfig
 from PIL import Image
 
 from align.engine import reports
 from align.grpo import GRPOConfig
+from align.models.families import outline
 
 RED, BLUE = (220, 30, 30), (30, 60, 220)
 
@@ -112,6 +115,29 @@ def test_the_reward_curve_shows_the_rewards(tmp_path):
     assert drawn[0] < drawn[1] < drawn[2]
 
 
+def test_legends_stand_beside_the_plots_and_guards_have_a_plot_of_their_own():
+    log = training_log()
+    for entry in log:
+        if "eval_reward" in entry:
+            entry |= {
+                "eval_full_reward": 0.9,
+                "eval_full_reward_se": 0.01,
+                "eval_diversity": 1.0,
+                "eval_diversity_se": 0.1,
+            }
+    figure = reports.reward_figure(log, ["full"])
+    figure.canvas.draw()
+    upper, lower = figure.axes
+    shown = [{text.get_text() for text in axis.get_legend().get_texts()} for axis in (upper, lower)]
+    assert shown == [{"training reward", "reward", "warm"}, {"full_reward", "diversity"}]
+    for axis in (upper, lower):
+        assert axis.get_legend().get_window_extent().x0 >= axis.get_window_extent().x1
+    plt.close(figure)
+    alone = reports.reward_figure(training_log())
+    assert len(alone.axes) == 1
+    plt.close(alone)
+
+
 def test_changes_are_the_first_and_last_evaluation_with_their_errors():
     rows = [("reward", 0.0, 0.25, 1.0, 0.25), ("warm", 0.5, 0.125, 0.5, 0.125)]
     assert reports.held_out_changes(training_log()) == rows
@@ -177,12 +203,21 @@ def test_without_an_evaluation_before_the_first_update_no_error_of_a_change_is_c
 # --- The model card ---
 
 
+def loading_code(base_model: str, lora: bool) -> str:
+    """As the embedded model says it."""
+    model = outline("tiny", LoraConfig(r=2) if lora else None)
+    return model.loading_code(base_model, "THIS_FOLDER")
+
+
 def card(**overrides) -> str:
+    base, lora = overrides.get("base_model", "Qwen/Qwen-Image"), overrides.get("lora", True)
     args = GRPOConfig(output_dir="runs/my-run", use_cpu=True, hub_token="hf_aVerySecretToken", num_generations=8)
     settings = {
         "title": "my-run",
         "algorithm": "GRPO",
         "base_model": "Qwen/Qwen-Image",
+        "base_on_hub": base != "tiny",
+        "loading_code": loading_code(base, lora),
         "lora": True,
         "settings": reports.changed_settings(args),
         "data": "tiny/background",

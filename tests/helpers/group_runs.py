@@ -13,6 +13,11 @@ def weights(run: FlowTrainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in run.trained_parameters().items()}
 
 
+def prompts_of(buffer: Any) -> list[str]:
+    """What the images of a buffer were drawn from."""
+    return [request.prompt for request in buffer.requests]
+
+
 def history(run: FlowTrainer, key: str) -> list[float]:
     """What a run logged under ``key``, in order."""
     return [entry[key] for entry in run.state.log_history if key in entry]

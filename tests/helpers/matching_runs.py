@@ -3,7 +3,7 @@
 from peft import LoraConfig
 
 from align.dpo import DPOConfig, DPOTrainer
-from align.models.qwen_image import QwenImage
+from align.models.families import load_model
 from align.sft import SFTConfig, SFTTrainer
 from align.tiny import IMAGES
 from preference_data.readers import read_captioned
@@ -39,9 +39,7 @@ def losses(trainer) -> list[float]:
 
 def sft(folder, data=None, **overrides) -> SFTTrainer:
     data = data if data is not None else read_captioned(GROUNDED)
-    return SFTTrainer(
-        QwenImage.from_pretrained("tiny"), SFTConfig(**settings(folder, **overrides)), data, peft_config=lora()
-    )
+    return SFTTrainer(load_model("tiny"), SFTConfig(**settings(folder, **overrides)), data, peft_config=lora())
 
 
 def some_pairs() -> list[Pair]:
@@ -55,4 +53,4 @@ def some_pairs() -> list[Pair]:
 
 def dpo(folder, pairs=None, **overrides) -> DPOTrainer:
     args = DPOConfig(**settings(folder, beta=30.0, **overrides))
-    return DPOTrainer(QwenImage.from_pretrained("tiny"), args, pairs or some_pairs(), peft_config=lora())
+    return DPOTrainer(load_model("tiny"), args, pairs or some_pairs(), peft_config=lora())

@@ -5,11 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from asking import ask
 from diffusers import QwenImagePipeline
 from peft import LoraConfig
 
+from align.models.families import load_model
 from align.models.qwen_image import QwenImage
-from align.sampling.rollout import ImageKey, SamplingPlan, rollout
+from align.sampling.noise import ImageKey
+from align.sampling.rollout import SamplingPlan, rollout
 from align.tiny import CHECKPOINT
 
 PROMPTS = ["a circle", "three red circles on a blue background", "the word CAT in red on white", "two objects"]
@@ -23,7 +26,7 @@ def some_velocity(model: QwenImage, prompts: list[str], sigma: float = 0.7, **kw
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(len(prompts), *model.latent_shape(64, 64), generator=generator)
     sigmas = torch.full((len(prompts),), sigma)
-    return model.velocity(latents, sigmas, model.encode_prompts(prompts), height=64, width=64, **kwargs)
+    return model.velocity(latents, sigmas, model.encode(ask(prompts)), height=64, width=64, **kwargs)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
@@ -32,7 +35,7 @@ def test_deterministic_rollout_is_the_stock_pipeline(tiny, guidance_scale, size)
     height, width = size
     plan = SamplingPlan(height, width, num_inference_steps=7, guidance_scale=guidance_scale, batch_size=8)
     start = torch.randn(len(PROMPTS), *tiny.latent_shape(*size), generator=torch.Generator().manual_seed(3))
-    ours = rollout(tiny, PROMPTS, keys(len(PROMPTS)), plan, initial_latents=start)
+    ours = rollout(tiny, ask(PROMPTS), keys(len(PROMPTS)), plan, initial_latents=start)
     stock = QwenImagePipeline.from_pretrained(CHECKPOINT, dtype=torch.float32)
     stock.set_progress_bar_config(disable=True)
     call = {
@@ -63,7 +66,7 @@ def test_velocity_of_a_prompt_does_not_depend_on_what_it_is_batched_with(tiny):
     latents = torch.randn(len(PROMPTS), *tiny.latent_shape(64, 64), generator=generator)
     for row, prompt in enumerate(PROMPTS):
         alone = tiny.velocity(
-            latents[row : row + 1], torch.tensor([0.7]), tiny.encode_prompts([prompt]), height=64, width=64
+            latents[row : row + 1], torch.tensor([0.7]), tiny.encode(ask([prompt])), height=64, width=64
         )
         assert (alone[0] - together[row]).abs().max() < 1e-5
 
@@ -78,8 +81,8 @@ def test_each_distinct_prompt_is_encoded_once(tiny):
     tiny.pipeline.text_encoder.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    first = tiny.encode_prompts(["a circle", "a square", "a circle"])
-    again = tiny.encode_prompts(["a square", "a circle", "a cross"])
+    first = tiny.encode(ask(["a circle", "a square", "a circle"]))
+    again = tiny.encode(ask(["a square", "a circle", "a cross"]))
     assert seen == [1, 1, 1]
     assert torch.equal(first[0].embeds, again[1].embeds)
     assert torch.equal(first[0].embeds, first[2].embeds)
@@ -87,7 +90,7 @@ def test_each_distinct_prompt_is_encoded_once(tiny):
 
 def test_encode_and_decode_images_invert_each_other(tiny):
     plan = SamplingPlan(64, 64, num_inference_steps=6, batch_size=8)
-    drawn = rollout(tiny, PROMPTS, keys(len(PROMPTS)), plan)
+    drawn = rollout(tiny, ask(PROMPTS), keys(len(PROMPTS)), plan)
     latents = tiny.encode_images(drawn.images, 64, 64)
     assert latents.shape == drawn.latents.shape
     again = tiny.decode_latents(latents, 64, 64)
@@ -99,7 +102,7 @@ def test_encode_and_decode_images_invert_each_other(tiny):
 
 @pytest.mark.parametrize("size", [(65, 64), (64, 8), (0, 64)])
 def test_resolution_that_does_not_divide_is_refused(tiny, size):
-    with pytest.raises(ValueError, match="multiples of 16"):
+    with pytest.raises(ValueError, match="positive multiple of 16"):
         tiny.latent_shape(*size)
 
 
@@ -213,7 +216,7 @@ def test_training_goes_on_from_a_saved_adapter_and_refers_to_it(tiny, tmp_path):
     tiny.save(tmp_path, trained_state(tiny))
     started = some_velocity(tiny, PROMPTS)
 
-    other = QwenImage.from_pretrained("tiny")
+    other = load_model("tiny")
     other.load_adapter(tmp_path)
     other.keep_reference()
     assert trained_state(other).keys() == trained_state(tiny).keys()
@@ -240,10 +243,10 @@ def test_an_adapter_and_a_full_fine_tune_exclude_each_other(tiny):
 
 
 def test_lora_weights_are_float32_on_a_half_precision_base():
-    model = QwenImage.from_pretrained("tiny", torch.bfloat16)
+    model = load_model("tiny", torch.bfloat16)
     model.add_lora(LoraConfig(r=4))
     assert {p.dtype for p in model.transformer.parameters() if p.requires_grad} == {torch.float32}
     velocity = some_velocity(model, PROMPTS)
     assert velocity.dtype == torch.float32
-    full = some_velocity(QwenImage.from_pretrained("tiny"), PROMPTS)
+    full = some_velocity(load_model("tiny"), PROMPTS)
     assert (velocity - full).abs().mean() / full.abs().mean() < 0.05

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models import AutoencoderKLQwenImage
 
-from align.models.qwen_image import QwenImage
+from align.models.families import load_model
 from align.models.qwen_vae import SingleFrameConv3d, speed_up_images
 from align.tiny import CHECKPOINT
 
@@ -35,7 +35,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def test_a_model_decodes_fast_and_encodes_as_stock():
-    vae = QwenImage.from_pretrained("tiny").pipeline.vae
+    vae = load_model("tiny").pipeline.vae
     assert any(isinstance(module, SingleFrameConv3d) for module in vae.decoder.modules())
     assert not any(isinstance(module, SingleFrameConv3d) for module in vae.encoder.modules())
 

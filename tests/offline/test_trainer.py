@@ -13,13 +13,18 @@ from PIL import Image
 from stock import stock_errors
 
 from align.dpo import DPOConfig, DPOTrainer, dpo_errors
+from align.engine.matching import matching_errors
 from align.generate import GenerateArguments, generate
+from align.models.contract import Request
+from align.models.families import load_model
 from align.models.qwen_image import QwenImage
+from align.offline.examples import BucketSampler, draw_batch
 from align.offline.latents import LatentStore
-from align.offline.trainer import BucketSampler, MatchingBatch, matching_errors
+from align.parallel.sharding import gathered_state
 from align.sft import SFTConfig, SFTTrainer
 from align.tiny import CHECKPOINT
 from preference_data.buckets import Bucket, make_buckets
+from preference_data.cache import TensorCache
 from preference_data.images import BadRow, ImageSource
 from preference_data.pairs import build_pairs
 from preference_data.readers import read_captioned, read_preferences
@@ -45,7 +50,7 @@ def test_dpo_loss_is_that_of_plain_diffusers_calls(tmp_path):
     generator = torch.Generator().manual_seed(0)
     for parameter in trainer.trained_parameters().values():  # a policy that has moved away from its reference
         parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    trainer.flow.save(str(tmp_path / "lora"), trainer.trained_state())
+    trainer.flow.save(str(tmp_path / "lora"), gathered_state(trainer.trained_parameters(), keep=True))
     policy, reference = (QwenImagePipeline.from_pretrained(CHECKPOINT, dtype=torch.float32) for _ in range(2))
     policy.load_lora_weights(tmp_path / "lora")
     for place, pair in enumerate(some_pairs()):
@@ -89,7 +94,7 @@ def test_the_first_dpo_loss_is_log_2_and_its_accuracy_one_half(tmp_path):
 
 def test_training_moves_the_held_out_loss_and_the_reference_stays(tmp_path):
     args = DPOConfig(**settings(tmp_path, beta=30.0, max_steps=12, learning_rate=3e-3))
-    trainer = DPOTrainer(QwenImage.from_pretrained("tiny"), args, some_pairs(), some_pairs(), peft_config=lora())
+    trainer = DPOTrainer(load_model("tiny"), args, some_pairs(), some_pairs(), peft_config=lora())
     before = trainer.evaluate()
     assert before["eval_accuracy"] == 0.5 and before["eval_loss"] == pytest.approx(math.log(2))
     trainer.train()
@@ -98,9 +103,10 @@ def test_training_moves_the_held_out_loss_and_the_reference_stays(tmp_path):
     assert after == trainer.evaluate()  # fixed noise and noise levels
     batch = trainer._prepare_inputs([(trainer.train_dataset.examples[0], 0)])
     with torch.no_grad():
-        fresh = QwenImage.from_pretrained("tiny")
+        fresh = load_model("tiny")
         assert torch.equal(
-            dpo_errors(trainer, batch, trainer.model)[1], matching_errors(fresh, batch, fresh.transformer)
+            dpo_errors(trainer.flow, batch, trainer.model, trainer.accelerator.autocast)[1],
+            matching_errors(fresh, batch, fresh.transformer),
         )
 
 
@@ -131,19 +137,19 @@ def test_a_full_cache_needs_neither_vae_nor_text_encoder(tmp_path, monkeypatch):
 
 def test_a_model_keeps_its_cache_wherever_its_folder_lies(tmp_path):
     shutil.copytree(CHECKPOINT, tmp_path / "moved")
-    model, moved = QwenImage.from_pretrained("tiny"), QwenImage.from_pretrained(tmp_path / "moved")
+    model, moved = load_model("tiny"), load_model(tmp_path / "moved")
     for part in ("vae", "text_encoder"):
         assert model.fingerprint(part) == moved.fingerprint(part)
 
 
 def test_a_cache_of_another_model_is_not_used(tmp_path):
-    model, other = QwenImage.from_pretrained("tiny"), QwenImage.from_pretrained("tiny")
+    model, other = load_model("tiny"), load_model("tiny")
     with torch.no_grad():
         next(other.pipeline.vae.parameters()).mul_(1.01)
     assert model.fingerprint("vae") != other.fingerprint("vae")
     assert model.fingerprint("text_encoder") == other.fingerprint("text_encoder")
-    image = [("a", [next(iter(read_captioned(GROUNDED))).image])]
-    stores = [LatentStore(m, tmp_path, make_buckets(64, 16)) for m in (model, other)]
+    image = [(Request("a"), [next(iter(read_captioned(GROUNDED))).image])]
+    stores = [LatentStore(m, TensorCache(tmp_path), make_buckets(64, 16)) for m in (model, other)]
     first, second = (store.latents(store.prepare(image, "data")[0]) for store in stores)
     assert not torch.equal(first, second)
 
@@ -177,16 +183,16 @@ def test_every_example_comes_once_an_epoch_in_batches_of_one_size():
 
 def test_images_of_several_shapes_train_at_several_sizes(tmp_path):
     rows = [
-        ("wide", [ImageSource.of(Image.new("RGB", (200, 100), "red"), "wide")]),
-        ("tall", [ImageSource.of(Image.new("RGB", (100, 200), "blue"), "tall")]),
-        ("square", [ImageSource.of(Image.new("RGB", (90, 100), "green"), "square")]),
+        (Request("wide"), [ImageSource.of(Image.new("RGB", (200, 100), "red"), "wide")]),
+        (Request("tall"), [ImageSource.of(Image.new("RGB", (100, 200), "blue"), "tall")]),
+        (Request("square"), [ImageSource.of(Image.new("RGB", (90, 100), "green"), "square")]),
     ]
-    store = LatentStore(QwenImage.from_pretrained("tiny"), tmp_path, make_buckets(64, 16, 2.0))
+    store = LatentStore(load_model("tiny"), TensorCache(tmp_path), make_buckets(64, 16, 2.0))
     examples = store.prepare(rows, "data")
     assert [e.bucket.width > e.bucket.height for e in examples[:2]] == [True, False]
     for example in examples:
         args = SFTConfig(**settings(tmp_path))
-        batch = MatchingBatch.draw([(example, 0)], store, args, torch.device("cpu"))
+        batch = draw_batch([(example, 0)], store, args, torch.device("cpu"))
         assert batch.latents.shape[2] == example.bucket.height * example.bucket.width // 256
         assert matching_errors(store.model, batch, store.model.transformer).shape == (1, 1)
 
@@ -194,8 +200,8 @@ def test_images_of_several_shapes_train_at_several_sizes(tmp_path):
 def test_dropped_captions_become_the_negative_prompt(tmp_path):
     trainer = sft(tmp_path, caption_dropout=0.5)
     rows = [(trainer.train_dataset.examples[0], place) for place in range(200)]
-    prompts = trainer._prepare_inputs(rows).prompts
-    assert 70 < prompts.count(" ") < 130 and set(prompts) == {" ", trainer.train_dataset.examples[0].prompt}
+    prompts = [request.prompt for request in trainer._prepare_inputs(rows).requests]
+    assert 70 < prompts.count(" ") < 130 and set(prompts) == {" ", trainer.train_dataset.examples[0].request.prompt}
 
 
 # --- Bad input ---
@@ -212,7 +218,7 @@ def test_a_broken_image_stops_or_is_listed(tmp_path):
     with pytest.raises(BadRow, match=r"bad\.png.*on_bad_row: skip"):
         sft(tmp_path / "run", data)
     skipping = SFTTrainer(
-        QwenImage.from_pretrained("tiny"),
+        load_model("tiny"),
         SFTConfig(**settings(tmp_path / "run")),
         read_captioned(str(folder), on_bad_row="skip"),
         peft_config=lora(),
@@ -250,7 +256,7 @@ def test_preferences_are_made_resumed_and_trained_on(tmp_path):
     rewards = load_rewards("brightness:score")
     args = GenerateArguments(dataset_name="-", output_dir="-", num_generations=3, height=64, width=64)
     args.num_inference_steps, args.rollout_batch_size = 3, 6  # two prompts a batch
-    model = QwenImage.from_pretrained("tiny")
+    model = load_model("tiny")
 
     def make(folder, process):
         with RankedWriter(folder, shard=process, rows_per_file=1, rewards=["score"]) as writer:
@@ -277,7 +283,7 @@ def test_each_algorithm_starts_from_what_the_last_one_left(tmp_path):
     first = sft(tmp_path / "sft")
     first.train()
     first.finish("tiny", "grounded")
-    model = QwenImage.from_pretrained("tiny")
+    model = load_model("tiny")
     model.load_adapter(tmp_path / "sft")
     second = DPOTrainer(model, DPOConfig(**settings(tmp_path / "dpo", beta=30.0)), some_pairs())
     for name, parameter in first.trained_parameters().items():

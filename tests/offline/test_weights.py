@@ -4,13 +4,16 @@ import math
 
 import pytest
 import torch
+from asking import ask
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from matching_runs import GROUNDED, lora, losses, settings, sft, some_pairs
 
 from align.dpo import DPOConfig, DPOTrainer, dpo_errors
-from align.models.qwen_image import QwenImage
-from align.offline.trainer import MatchingBatch, matching_errors
-from align.sampling.rollout import ImageKey, SamplingPlan, rollout
+from align.engine.matching import matching_errors
+from align.models.families import load_model
+from align.offline.examples import draw_batch
+from align.sampling.noise import ImageKey
+from align.sampling.rollout import SamplingPlan, rollout
 from align.sft import SFTConfig, SFTTrainer
 from align.tiny import CHECKPOINT
 from preference_data.readers import read_captioned
@@ -20,7 +23,7 @@ PROMPTS = ["a red circle on a white background", "two crosses", "the word FLOW"]
 
 def full(algorithm: str, folder, **overrides):
     """A full fine-tune."""
-    model, more = QwenImage.from_pretrained("tiny"), {"learning_rate": 1e-3, **overrides}
+    model, more = load_model("tiny"), {"learning_rate": 1e-3, **overrides}
     if algorithm == "sft":
         return SFTTrainer(model, SFTConfig(**settings(folder, **more)), read_captioned(GROUNDED))
     return DPOTrainer(model, DPOConfig(**settings(folder, beta=30.0, **more)), some_pairs())
@@ -35,8 +38,8 @@ def test_a_style_lora_draws_the_same_images_in_a_stock_pipeline(tmp_path):
     for scale in (1.0, 3.0):
         plan = SamplingPlan(height=64, width=64, num_inference_steps=4, guidance_scale=scale, negative_prompt="blurry")
         bare, ours = (
-            rollout(model, PROMPTS, keys, plan, initial_latents=noise).latents
-            for model in (QwenImage.from_pretrained("tiny"), trainer.flow)
+            rollout(model, ask(PROMPTS), keys, plan, initial_latents=noise).latents
+            for model in (load_model("tiny"), trainer.flow)
         )
         stock = QwenImagePipeline.from_pretrained(CHECKPOINT, dtype=torch.float32)
         stock.load_lora_weights(tmp_path)
@@ -62,13 +65,13 @@ def test_a_full_fine_tune_loads_in_stock_diffusers(tmp_path, algorithm):
     trainer.finish("tiny", "data")
     assert not list(tmp_path.glob("*lora*"))
     stock = QwenImageTransformer2DModel.from_pretrained(tmp_path / "transformer")
-    bare, trained = QwenImage.from_pretrained("tiny"), trainer.flow
+    bare, trained = load_model("tiny"), trainer.flow
     assert stock.state_dict().keys() == bare.transformer.state_dict().keys()
     generator = torch.Generator().manual_seed(0)
     latents, sigma = torch.randn(3, 16, 64, generator=generator), torch.tensor([0.9, 0.5, 0.1])
     with torch.no_grad():
         velocities = [
-            model.velocity(latents, sigma, bare.encode_prompts(PROMPTS), height=64, width=64, transformer=transformer)
+            model.velocity(latents, sigma, bare.encode(ask(PROMPTS)), height=64, width=64, transformer=transformer)
             for model, transformer in ((trained, trained.transformer), (bare, stock), (bare, bare.transformer))
         ]
     assert torch.equal(velocities[0], velocities[1])
@@ -77,16 +80,14 @@ def test_a_full_fine_tune_loads_in_stock_diffusers(tmp_path, algorithm):
 
 def test_the_reference_of_a_full_dpo_run_is_the_frozen_start(tmp_path):
     trainer = full("dpo", tmp_path, max_steps=2)
-    batch = MatchingBatch.draw(
-        [(trainer.train_dataset.examples[0], 0)], trainer.store, trainer.args, torch.device("cpu")
-    )
-    bare = QwenImage.from_pretrained("tiny")
+    batch = draw_batch([(trainer.train_dataset.examples[0], 0)], trainer.store, trainer.args, torch.device("cpu"))
+    bare = load_model("tiny")
     with torch.no_grad():
         start = matching_errors(bare, batch, bare.transformer)
-        before = dpo_errors(trainer, batch, trainer.model)
+        before = dpo_errors(trainer.flow, batch, trainer.model, trainer.accelerator.autocast)
     trainer.train()
     with torch.no_grad():
-        after = dpo_errors(trainer, batch, trainer.model)
+        after = dpo_errors(trainer.flow, batch, trainer.model, trainer.accelerator.autocast)
     assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert torch.equal(before[0], start) and torch.equal(before[1], start) and torch.equal(after[1], start)
     assert not torch.equal(after[0], start)
@@ -96,7 +97,7 @@ def test_the_reference_of_a_full_dpo_run_is_the_frozen_start(tmp_path):
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
 def test_a_run_uses_nothing_that_another_model_has_cached(tmp_path, part):
     def trained(name: str, cache: str, changed: bool) -> list[float]:
-        model = QwenImage.from_pretrained("tiny")
+        model = load_model("tiny")
         if changed:
             with torch.no_grad():
                 for parameter in getattr(model.pipeline, part).parameters():

@@ -1,4 +1,4 @@
-"""The transitions of one rollout, dealt out in micro-batches."""
+"""The transitions and points of one rollout, given out in micro-batches."""
 
 from collections import Counter
 from itertools import chain
@@ -8,7 +8,8 @@ import torch
 from safetensors import safe_open
 
 from align.maths.flow import StochasticSampler, Transition
-from align.online.buffers import MicroBatch, PointBuffer, TransitionBuffer
+from align.models.contract import Request
+from align.online.buffers import Batching, MicroBatch, PointBuffer, TransitionBuffer
 
 torch.set_num_threads(1)
 
@@ -20,11 +21,31 @@ SAMPLER = StochasticSampler(0.7, sigma_max=0.9)
 SOME = (True, False, True, True, False, True)
 
 CPU = torch.device("cpu")
-PARTS = {"micro_batches": 3, "per_update": 1, "keep_one": False}
+
+
+def batching(micro_batches=3, per_update=1, process=(0, 1), keep_in_step=False) -> Batching:
+    return Batching(micro_batches, per_update, process, keep_in_step)
+
+
+def encode(requests) -> list[str]:
+    """A condition that tells its request."""
+    return [f"condition of {request.prompt}" for request in requests]
+
+
+def requests_of(images) -> list[Request]:
+    return [Request(f"prompt {image}") for image in images]
 
 
 def buffer(
-    live=SOME, micro_batches=3, per_update=1, seed=5, keep_one=False, sampler=SAMPLER, update=7, of=(0, 1), starts=None
+    live=SOME,
+    micro_batches=3,
+    per_update=1,
+    seed=5,
+    keep_in_step=False,
+    sampler=SAMPLER,
+    index=7,
+    of=(0, 1),
+    starts=None,
 ) -> TransitionBuffer:
     """A rollout of random latents; each row can be told by its first entry, position of the step * 10 + image.
 
@@ -41,18 +62,17 @@ def buffer(
         transitions.append(sampler.transition(latents, velocity, sigma, sigma_next, noise=noise)[mine])
     return TransitionBuffer(
         transitions=Transition.cat(transitions),
-        prompts=[f"prompt {image}" for image in range(IMAGES)][mine],
+        requests=requests_of(range(IMAGES))[mine],
+        conditions=encode(requests_of(range(IMAGES)))[mine],
         advantages=(torch.arange(IMAGES) - 2.5)[mine],
         live=torch.tensor(live),
         first=mine.start,
         steps=STEPS,
         sampler=sampler,
         starts=starts,
-        update=update,
-        micro_batches=micro_batches,
-        per_update=per_update,
+        rollout_index=index,
         seed=seed,
-        keep_one=keep_one,
+        batching=batching(micro_batches, per_update, of, keep_in_step),
     )
 
 
@@ -61,9 +81,10 @@ def rows(batch: MicroBatch) -> list[int]:
     return [int(value) for value in batch.transition.latents[:, 0, 0]]
 
 
-def dealt(source: TransitionBuffer, number: int) -> list[list[int]]:
+def given_out(source: TransitionBuffer, number: int) -> list[list[int]]:
     """The rows of every micro-batch of pass ``number``."""
-    return [rows(source.micro_batch(number * source.micro_batches + part)) for part in range(source.micro_batches)]
+    count = source.batching.micro_batches
+    return [rows(source.micro_batch(number * count + part)) for part in range(count)]
 
 
 def live_rows(live) -> list[int]:
@@ -73,7 +94,7 @@ def live_rows(live) -> list[int]:
 def same(a: MicroBatch, b: MicroBatch) -> bool:
     tensors = all(torch.equal(getattr(a.transition, name), value) for name, value in vars(b.transition).items())
     rest = torch.equal(a.advantages, b.advantages) and torch.equal(a.weights, b.weights)
-    others = ("images", "nominal_size", "distinct", "branch")
+    others = ("images", "nominal_size", "distinct", "conditions", "velocity_of")
     return (
         tensors
         and rest
@@ -85,15 +106,15 @@ def same(a: MicroBatch, b: MicroBatch) -> bool:
 PATTERNS = [SOME, (True,) * 6, (False,) * 6, (True, *(False,) * 5), (False, False, False, False, True, True)]
 
 
-# --- Dealing ---
+# --- Giving out ---
 
 
 @pytest.mark.parametrize("live", PATTERNS)
 @pytest.mark.parametrize("micro_batches", [1, 2, 3, 6, 18])
-def test_a_pass_deals_every_live_row_once_and_no_dead_one(live, micro_batches):
+def test_a_pass_gives_out_every_live_row_once_and_no_dead_one(live, micro_batches):
     source = buffer(live, micro_batches)
     for number in range(3):
-        parts = dealt(source, number)
+        parts = given_out(source, number)
         assert Counter(row for part in parts for row in part) == Counter(live_rows(live))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -104,6 +125,7 @@ def test_every_row_keeps_its_prompt_advantage_and_step():
         batch = source.micro_batch(part)
         steps, images = zip(*(divmod(row, 10) for row in rows(batch)), strict=True)
         assert batch.images == list(images)
+        assert batch.conditions == encode(requests_of(images[row] for row in batch.distinct))
         assert batch.advantages.tolist() == [image - 2.5 for image in images]
         assert batch.step_positions.tolist() == list(steps)
         sigmas = [SIGMAS[STEPS[step]] for step in steps]
@@ -112,7 +134,7 @@ def test_every_row_keeps_its_prompt_advantage_and_step():
         assert len(batch) == len(images)
 
 
-def test_a_dealt_row_carries_the_log_probability_of_the_noise_that_drew_it():
+def test_a_given_row_carries_the_log_probability_of_the_noise_that_drew_it():
     source = buffer(live=(True,) * 6, micro_batches=1)
     drawn = source.micro_batch(0).transition
     noise = (drawn.next_latents - drawn.mean) / drawn.std
@@ -127,15 +149,15 @@ def test_steps_are_mixed_within_a_micro_batch():
 
 def test_each_pass_has_another_order():
     source = buffer(live=(True,) * 6)
-    orders = [tuple(row for part in dealt(source, number) for row in part) for number in range(4)]
+    orders = [tuple(row for part in given_out(source, number) for row in part) for number in range(4)]
     assert len(set(orders)) == 4 and orders[0] != tuple(sorted(orders[0]))
 
 
 def test_the_order_is_a_function_of_the_seed():
-    first = dealt(buffer(), 1)
+    first = given_out(buffer(), 1)
     torch.manual_seed(99)
-    assert dealt(buffer(), 1) == first
-    assert dealt(buffer(seed=6), 1) != first and dealt(buffer(update=8), 1) != first
+    assert given_out(buffer(), 1) == first
+    assert given_out(buffer(seed=6), 1) != first and given_out(buffer(index=8), 1) != first
 
 
 @pytest.mark.parametrize("live", PATTERNS)
@@ -144,9 +166,9 @@ def test_an_update_is_made_of_the_same_rows_whatever_the_number_of_processes(liv
     alone = buffer(live, micro_batches=6)
     shared = [buffer(live, micro_batches=6 // processes, of=(n, processes)) for n in range(processes)]
     for number in range(2):
-        parts = dealt(alone, number)
+        parts = given_out(alone, number)
         for part in range(6 // processes):  # as many micro-batches of one process as there are processes make an update
-            together = sorted(row for source in shared for row in dealt(source, number)[part])
+            together = sorted(row for source in shared for row in given_out(source, number)[part])
             assert together == sorted(row for own in parts[part * processes : (part + 1) * processes] for row in own)
     assert sum(source.micro_batch(0).nominal_size for source in shared) == alone.micro_batch(0).nominal_size * processes
 
@@ -160,8 +182,8 @@ def test_a_process_spreads_its_rows_of_an_update_over_its_parts(live, updates, p
     alone = buffer(live, parts, per_update, starts=starts)
     for update in range(updates):
         mine = slice(update * per_update, (update + 1) * per_update)
-        one, two = (dealt(source, 0)[mine] for source in shared)
-        assert sorted(chain(*one, *two)) == sorted(chain(*dealt(alone, 0)[mine]))
+        one, two = (given_out(source, 0)[mine] for source in shared)
+        assert sorted(chain(*one, *two)) == sorted(chain(*given_out(alone, 0)[mine]))
         for own in (one, two):
             count = [len(part) for part in own]
             assert max(count) - min(count) <= 1
@@ -182,9 +204,9 @@ def test_a_micro_batch_can_be_asked_for_again_and_in_any_order():
 
 @pytest.mark.parametrize("live", PATTERNS)
 @pytest.mark.parametrize("micro_batches", [1, 3, 6, 18])
-@pytest.mark.parametrize("keep_one", [False, True])
-def test_nominal_sizes_and_weights_add_up(live, micro_batches, keep_one):
-    source = buffer(live, micro_batches, keep_one=keep_one)
+@pytest.mark.parametrize("keep_in_step", [False, True])
+def test_nominal_sizes_and_weights_add_up(live, micro_batches, keep_in_step):
+    source = buffer(live, micro_batches, keep_in_step=keep_in_step)
     parts = [source.micro_batch(part) for part in range(micro_batches)]
     assert sum(part.nominal_size for part in parts) == pytest.approx(TOTAL)
     assert sum(part.weights.sum().item() for part in parts) == len(live_rows(live))
@@ -200,8 +222,8 @@ def test_more_parts_than_live_rows_leave_parts_empty():
 
 
 @pytest.mark.parametrize("live", [(False,) * 6, (True, *(False,) * 5)])
-def test_keep_one_fills_an_empty_part_with_a_row_of_weight_nothing(live):
-    parts = [buffer(live, micro_batches=6, keep_one=True).micro_batch(part) for part in range(6)]
+def test_keep_in_step_fills_an_empty_part_with_a_row_of_weight_nothing(live):
+    parts = [buffer(live, micro_batches=6, keep_in_step=True).micro_batch(part) for part in range(6)]
     bare = [buffer(live, micro_batches=6).micro_batch(part) for part in range(6)]
     for filled, empty in zip(parts, bare, strict=True):
         if len(empty):
@@ -212,7 +234,7 @@ def test_keep_one_fills_an_empty_part_with_a_row_of_weight_nothing(live):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_rows_that_began_alike_are_dealt_together_and_need_one_velocity(processes):
+def test_rows_that_began_alike_are_given_out_together_and_need_one_velocity(processes):
     starts = [0, 1, 0, 3, 4, 3]  # images 0 and 2, and 3 and 5, have one initial noise
     for micro_batches in (1, 3, 5):
         parts = [
@@ -227,15 +249,15 @@ def test_rows_that_began_alike_are_dealt_together_and_need_one_velocity(processe
                     known = [(position, starts[image] if position == 0 else image) for position, image in
                              (divmod(row, 10) for row in found)]  # fmt: skip
                     assert [known[row] for row in batch.distinct] == list(dict.fromkeys(known))
-                    assert [known[batch.distinct[place]] for place in batch.branch] == known
+                    assert [known[batch.distinct[place]] for place in batch.velocity_of] == known
                     velocities += len(batch.distinct)
             # 18 rows, four of which are two by two the same; the border of a part may lie between the two.
             assert 16 <= velocities <= 16 + min(2, micro_batches - 1)
-            dealt_rows = sorted(row for source in parts for batch in dealt(source, number) for row in batch)
-            assert dealt_rows == live_rows((True,) * 6)
+            given_rows = sorted(row for source in parts for batch in given_out(source, number) for row in batch)
+            assert given_rows == live_rows((True,) * 6)
 
 
-def test_every_row_can_be_dealt_live_or_not():
+def test_every_row_can_be_given_out_live_or_not():
     source = buffer(live=(False,) * 6)
     batches = [source.micro_batch(part, dead_too=True) for part in range(3)]
     assert [len(batch) for batch in batches] == [6, 6, 6]
@@ -249,26 +271,25 @@ def test_every_row_can_be_dealt_live_or_not():
     "sampler",
     [SAMPLER, StochasticSampler(0.5, "cps", 0.9), StochasticSampler(1.2, sigma_max=0.87, log_prob_reduction="sum")],
 )
-@pytest.mark.parametrize("keep_one", [False, True])
-def test_saving_and_loading_goes_on_identically(tmp_path, sampler, keep_one):
-    source = buffer(keep_one=keep_one, sampler=sampler, micro_batches=4, starts=[0, 0, 2, 3, 4, 3])
-    source.save(tmp_path, (0, 1))
-    loaded = TransitionBuffer.load(
-        tmp_path, (0, 1), torch.device("cpu:0"), micro_batches=4, per_update=1, keep_one=keep_one
-    )  # as launchers say it
+@pytest.mark.parametrize("keep_in_step", [False, True])
+def test_saving_and_loading_goes_on_identically(tmp_path, sampler, keep_in_step):
+    source = buffer(keep_in_step=keep_in_step, sampler=sampler, micro_batches=4, starts=[0, 0, 2, 3, 4, 3])
+    source.save(tmp_path)
+    how = batching(4, keep_in_step=keep_in_step)
+    loaded = TransitionBuffer.load(tmp_path, how, torch.device("cpu:0"), encode)  # as launchers say it
     for name, value in vars(source.transitions).items():
         stored = getattr(loaded.transitions, name)
         assert stored.dtype == value.dtype and torch.equal(stored, value), name
     assert torch.equal(loaded.advantages, source.advantages) and torch.equal(loaded.live, source.live)
     assert loaded.live.dtype == torch.bool
-    for name in ("prompts", "steps", "sampler", "update", "micro_batches", "seed", "keep_one", "first", "starts"):
+    for name in ("requests", "conditions", "steps", "sampler", "rollout_index", "seed", "batching", "first", "starts"):
         assert getattr(loaded, name) == getattr(source, name), name
         assert type(getattr(loaded, name)) is type(getattr(source, name)), name
     assert all(same(loaded.micro_batch(part), source.micro_batch(part)) for part in range(12))
 
 
 def test_what_is_saved_is_safetensors_of_plain_data(tmp_path):
-    buffer().save(tmp_path, (0, 1))
+    buffer().save(tmp_path)
     with safe_open(tmp_path / "rollout-0-of-1.safetensors", framework="pt") as stored:
         assert {"latents", "next_latents", "log_prob", "advantages", "live"} <= set(stored.keys())
         assert "prompt 0" in stored.metadata()["rollout"]
@@ -279,11 +300,11 @@ def test_another_number_of_processes_goes_on_with_the_same_rows(tmp_path, before
     """Each with its own images of the rollout, and with another number of micro-batches."""
     starts = [0, 1, 0, 3, 4, 3] if max(before, after) < 3 else None
     for part in range(before):
-        buffer(of=(part, before), micro_batches=3, starts=starts).save(tmp_path, (part, before))
+        buffer(of=(part, before), micro_batches=3, starts=starts).save(tmp_path)
     for index in range(after):
-        loaded = TransitionBuffer.load(tmp_path, (index, after), CPU, micro_batches=6, per_update=1, keep_one=True)
-        expected = buffer(of=(index, after), micro_batches=6, keep_one=True, starts=starts)
-        assert loaded.first == expected.first and loaded.prompts == expected.prompts
+        loaded = TransitionBuffer.load(tmp_path, batching(6, 1, (index, after), True), CPU, encode)
+        expected = buffer(of=(index, after), micro_batches=6, keep_in_step=True, starts=starts)
+        assert loaded.first == expected.first and loaded.requests == expected.requests
         assert all(same(loaded.micro_batch(part), expected.micro_batch(part)) for part in range(12))
 
 
@@ -291,16 +312,16 @@ def test_a_missing_part_is_named(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"rollout-0-of-2.safetensors is missing: .* in the middle of a rollout"
     ):
-        TransitionBuffer.load(tmp_path, (0, 2), CPU, **PARTS)
-    buffer(of=(0, 2)).save(tmp_path, (0, 2))
+        TransitionBuffer.load(tmp_path, batching(process=(0, 2)), CPU, encode)
+    buffer(of=(0, 2)).save(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"rollout-1-of-2.safetensors"):
-        TransitionBuffer.load(tmp_path, (0, 1), CPU, **PARTS)
+        TransitionBuffer.load(tmp_path, batching(), CPU, encode)
 
 
 # --- Images at noise levels ---
 
 
-def points(live=SOME, of=(0, 1), old=True, **others) -> PointBuffer:
+def points(live=SOME, of=(0, 1), old=True, keep_in_step=False) -> PointBuffer:
     """Three levels of each of six images; an image is told by its latents, a row by its old velocity."""
     share = IMAGES // of[1]
     mine = torch.arange(of[0] * share, (of[0] + 1) * share)
@@ -310,14 +331,17 @@ def points(live=SOME, of=(0, 1), old=True, **others) -> PointBuffer:
         sigma=number / 100,
         optimality=mine / 10,
         old_velocity=number.view(-1, 1, 1).expand(-1, 4, 2).contiguous() if old else None,
-        prompts=[f"prompt {image}" for image in mine.tolist()],
+        requests=requests_of(mine.tolist()),
+        conditions=encode(requests_of(mine.tolist())),
         live=torch.tensor(live),
         first=int(mine[0]),
-        **PARTS | {"update": 7, "seed": 5} | others,
+        rollout_index=7,
+        seed=5,
+        batching=batching(process=of, keep_in_step=keep_in_step),
     )
 
 
-def test_every_live_image_is_dealt_once_at_each_of_its_levels_with_all_that_is_its_own():
+def test_every_live_image_is_given_out_once_at_each_of_its_levels_with_all_that_is_its_own():
     batches = [points().micro_batch(part) for part in range(3)]
     found = sorted(int(value) for batch in batches for value in batch.old_velocity[:, 0, 0])
     assert found == sorted(level * 10 + image for level in range(3) for image in range(IMAGES) if SOME[image])
@@ -345,15 +369,15 @@ def test_points_and_their_noise_are_the_same_however_many_processes_share_them()
 def test_an_empty_part_of_the_points_is_empty_or_one_row_of_weight_nothing():
     nothing = points((False,) * 6).micro_batch(0)
     assert len(nothing) == 0 and nothing.noise.shape == (0, 4, 2)
-    kept = points((False,) * 6, keep_one=True).micro_batch(0)
+    kept = points((False,) * 6, keep_in_step=True).micro_batch(0)
     assert len(kept) == 1 and kept.weights.tolist() == [0.0]
 
 
 @pytest.mark.parametrize("old", [False, True])
 def test_points_go_on_identically_from_a_checkpoint(tmp_path, old):
     source = points(old=old)
-    source.save(tmp_path, (0, 1))
-    loaded = PointBuffer.load(tmp_path, (0, 1), torch.device("cpu:0"), **PARTS)
+    source.save(tmp_path)
+    loaded = PointBuffer.load(tmp_path, batching(), torch.device("cpu:0"), encode)
     for part in range(6):
         one, other = source.micro_batch(part), loaded.micro_batch(part)
         assert one.images == other.images and one.nominal_size == other.nominal_size
@@ -362,11 +386,11 @@ def test_points_go_on_identically_from_a_checkpoint(tmp_path, old):
         assert torch.equal(one.old_velocity, other.old_velocity) if old else other.old_velocity is None
 
 
-def test_points_of_other_processes_are_dealt_anew(tmp_path):
+def test_points_of_other_processes_are_split_anew(tmp_path):
     for part in range(2):
-        points(of=(part, 2)).save(tmp_path, (part, 2))
+        points(of=(part, 2)).save(tmp_path)
     for index in range(3):
-        loaded = PointBuffer.load(tmp_path, (index, 3), CPU, **PARTS)
+        loaded = PointBuffer.load(tmp_path, batching(process=(index, 3)), CPU, encode)
         expected = points(of=(index, 3))
         for part in range(3):
             one, other = loaded.micro_batch(part), expected.micro_batch(part)

@@ -13,7 +13,7 @@ from services import Service
 from transformers import TrainerCallback
 
 from align.grpo import GRPOConfig, GRPOTrainer
-from align.models.qwen_image import QwenImage
+from align.models.families import load_model
 from align.tiny import PROMPTS
 from preference_data.prompts import load_prompts
 from rewards import RewardError
@@ -65,7 +65,7 @@ def trainer(folder: Path, rewards: list, callback: TrainerCallback | None = None
         seed=5,
     )
     lora = LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian")
-    model = QwenImage.from_pretrained("tiny")
+    model = load_model("tiny")
     return GRPOTrainer(model, rewards, args, WORDS, peft_config=lora, callbacks=[callback] if callback else None)
 
 

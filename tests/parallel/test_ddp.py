@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from asking import ask
 from peft import LoraConfig
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +20,7 @@ def train_twice(flow, model: torch.nn.Module) -> None:
     tokens, channels = flow.latent_shape(64, 64)
     for seed in (0, 1):
         latents = torch.randn(2, tokens, channels, generator=torch.Generator().manual_seed(seed))
-        conditions = flow.encode_prompts(["a circle", "two blue squares"])
+        conditions = flow.encode(ask(["a circle", "two blue squares"]))
         flow.velocity(
             latents, torch.tensor([0.3, 0.8]), conditions, height=64, width=64, transformer=model
         ).square().mean().backward()

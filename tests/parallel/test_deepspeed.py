@@ -19,10 +19,11 @@ from launched import BIN, ROOT, finish, on_cpu, start
 from safetensors.torch import load_file
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from align.cli.arguments import check_launch
+from align.cli.checks import check_launch
 from align.dpo import DPOConfig
 from align.engine import checkpoints
-from align.parallel.sharding import SHARDING, TENSORS_ONLY, Sharding, check_zero, moved_from, tensors_only
+from align.engine.resume import _check_rows
+from align.parallel.sharding import SHARDING, TENSORS_ONLY, Sharding, check_zero, sharded_otherwise, tensors_only
 from align.sft import SFTConfig
 from align.tiny import CHECKPOINT
 
@@ -357,7 +358,7 @@ def test_a_full_fine_tune_with_a_moving_average_ends_under_zero3_before_the_mode
     process = start(folder, *launch, *words, "--use_peft", "false", "--ema_decay", "0.9")
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0 and not (folder / "refused").exists()
-    assert "error: ema_decay 0.9 would keep a second, whole copy of a fully fine-tuned model" in output
+    assert "error: ema_decay 0.9 would keep a second, full copy of a fully fine-tuned model" in output
     assert "Train an adapter, use ZeRO-2, or leave ema_decay out" in output and "Loading pipeline" not in output
 
 
@@ -375,7 +376,7 @@ def settings(tmp_path):
 
 def test_what_a_full_fine_tune_cannot_do_under_zero3(settings):
     args = settings(SFTConfig, 3, ema_decay=0.9)
-    with pytest.raises(ValueError, match=r"ema_decay 0\.9 would keep a second, whole copy"):
+    with pytest.raises(ValueError, match=r"ema_decay 0\.9 would keep a second, full copy"):
         check_zero(args, adapter=False)
     check_zero(args, adapter=True)
     check_zero(settings(SFTConfig, 2, ema_decay=0.9), adapter=False)
@@ -391,17 +392,15 @@ def test_what_a_full_fine_tune_cannot_do_under_zero3(settings):
         ({"zero_stage": 3, "processes": 1, "offload": "cpu"}, 3, "on 1 processes with the optimizer on the cpu, and"),
     ],
 )
-def test_a_checkpoint_that_was_shared_out_otherwise_is_recognised_aloud(
-    settings, tmp_path, caplog, written, stage, said
-):
+def test_a_checkpoint_that_was_sharded_otherwise_is_named(settings, tmp_path, caplog, written, stage, said):
     if written:
         (tmp_path / SHARDING).write_text(json.dumps(written))
     args = settings(SFTConfig, stage)
-    found = moved_from(tmp_path, args, say=True)
+    found = sharded_otherwise(tmp_path, args, log=True)
     assert found == Sharding(**written or {"zero_stage": 0, "processes": 1}) and said in caplog.text
     caplog.clear()
     Sharding.of(args).write(tmp_path)
-    assert moved_from(tmp_path, args, say=True) is None and not caplog.text
+    assert sharded_otherwise(tmp_path, args, log=True) is None and not caplog.text
 
 
 @pytest.mark.parametrize(
@@ -415,12 +414,12 @@ def test_a_checkpoint_that_was_shared_out_otherwise_is_recognised_aloud(
 )
 def test_another_global_batch_is_refused_with_values_that_would_do(settings, tmp_path, then, ways):
     args = settings(SFTConfig, 0, per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    (tmp_path / checkpoints.MANIFEST).write_text(json.dumps({"run": {"dealing": {"rows_per_update": then}}}))
+    (tmp_path / checkpoints.MANIFEST).write_text(json.dumps({"run": {"fixed_on_resume": {"rows_per_update": then}}}))
     with pytest.raises(ValueError) as caught:
-        args.check_batch(tmp_path)
+        _check_rows(tmp_path, args)
     assert f"x 1 processes = 8 rows an update, and it was {then} when" in str(caught.value)
-    (tmp_path / checkpoints.MANIFEST).write_text(json.dumps({"run": {"dealing": {"rows_per_update": 8}}}))
-    args.check_batch(tmp_path)
+    (tmp_path / checkpoints.MANIFEST).write_text(json.dumps({"run": {"fixed_on_resume": {"rows_per_update": 8}}}))
+    _check_rows(tmp_path, args)
 
 
 def test_fsdp_is_refused_with_what_there_is_instead(settings, monkeypatch):

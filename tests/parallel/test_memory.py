@@ -10,29 +10,31 @@ from diffusers import QwenImageTransformer2DModel
 from launched import BIN, GLOO, ROOT, start
 from peft import LoraConfig
 
+from align.cli import checks
 from align.cli.arguments import ModelArguments
+from align.cli.checks import check_memory, setup_of
 from align.dpo import DPOConfig
 from align.grpo import GRPOConfig
-from align.models.outline import outline
-from align.parallel import memory
+from align.models.families import outline
+from align.models.qwen_image import QwenImage
 from align.parallel.memory import (
     GIB,
-    KEPT_BY_BLOCK,
     LAUNCHERS,
     Counts,
     Setup,
     check_fits,
-    check_memory,
-    count,
-    need,
-    setup_of,
+    memory_use,
 )
 from align.sft import SFTConfig
 from align.tiny import CHECKPOINT
 
 #: Numbers that are easy to reckon with: 1000 parameters, all or 10 of them trained.
-FULL = Counts(transformer=1000, trained=1000, block=100, encoders=300, layers=10, width=8, adapter=False)
-LORA = Counts(transformer=1010, trained=10, block=101, encoders=300, layers=10, width=8, adapter=True)
+FULL = Counts(
+    transformer=1000, trained=1000, block=100, encoders=300, layers=10, width=8, kept_by_block=28.2, adapter=False
+)
+LORA = Counts(
+    transformer=1010, trained=10, block=101, encoders=300, layers=10, width=8, kept_by_block=17.3, adapter=True
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def true_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def true_full(true_folder) -> Counts:
-    return count(outline(true_folder))
+    return outline(true_folder).parameter_counts()
 
 
 # --- The sums, by hand ---
@@ -66,21 +68,21 @@ def true_full(true_folder) -> Counts:
     ],
 )
 def test_weights_gradients_and_optimizer(counts, setup, weights, gradients, optimizer):
-    found = need(counts, setup)
+    found = memory_use(counts, setup)
     assert (found.weights, found.gradients, found.optimizer) == (weights, gradients, optimizer)
     assert found.encoders == 300 * setup.dtype and found.copies == found.activations == 0
     assert found.host == (500 + 1500 + 3000 if setup.to_host else 0)
 
 
 def test_what_is_beside_them():
-    assert need(FULL, Setup(reference=True)).copies == 4000
-    assert need(LORA, Setup(reference=True)).copies == 0  # the adapter is switched off
-    assert need(LORA, Setup(average=True)).copies == 40
-    away = need(FULL, Setup(offload=True))
+    assert memory_use(FULL, Setup(reference=True)).copies == 4000
+    assert memory_use(LORA, Setup(reference=True)).copies == 0  # the adapter is switched off
+    assert memory_use(LORA, Setup(average=True)).copies == 40
+    away = memory_use(FULL, Setup(offload=True))
     assert (away.encoders, away.host) == (0, 1200)
-    kept = need(FULL, Setup(tokens=5))
+    kept = memory_use(FULL, Setup(tokens=5))
     assert kept.activations == pytest.approx(5 * 8 * 2 * (10 + 28.2)) and kept.total == kept.lasting + kept.activations
-    assert need(LORA, Setup(tokens=5, checkpointing=False)).activations == pytest.approx(5 * 8 * 2 * 10 * 17.3)
+    assert memory_use(LORA, Setup(tokens=5, checkpointing=False)).activations == pytest.approx(5 * 8 * 2 * 10 * 17.3)
 
 
 def test_the_sums_are_deepspeeds_own(true_full):
@@ -89,32 +91,32 @@ def test_the_sums_are_deepspeeds_own(true_full):
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 
     total = true_full.transformer
-    counts = Counts(total, total, true_full.block, 0, 60, 3072, adapter=False)
+    counts = Counts(total, total, true_full.block, 0, 60, 3072, 28.2, adapter=False)
     for gpus in (8, 64):
         nodes = gpus // 8
         _, theirs = stage2.estimate_zero2_model_states_mem_needs(total, 8, nodes, cpu_offload=False)
-        ours = need(counts, Setup(stage=2, processes=gpus)).total
+        ours = memory_use(counts, Setup(stage=2, processes=gpus)).total
         assert theirs == pytest.approx(ours, rel=1e-9)
         _, theirs, _ = estimate_zero3_model_states_mem_needs(total, counts.block, 8, nodes, cpu_offload=False)
-        assert need(counts, Setup(stage=3, processes=gpus)).total == pytest.approx(theirs, rel=0.12)
+        assert memory_use(counts, Setup(stage=3, processes=gpus)).total == pytest.approx(theirs, rel=0.12)
         _, theirs, _ = estimate_zero3_model_states_mem_needs(
             total, counts.block, 8, nodes, cpu_offload=True, cpu_offload_params=True
         )
-        assert need(counts, Setup(stage=3, processes=gpus, to_host=True)).total == theirs
+        assert memory_use(counts, Setup(stage=3, processes=gpus, to_host=True)).total == theirs
 
 
 # --- The numbers, of real models ---
 
 
 def test_an_outline_has_the_numbers_of_the_model_with_its_weights(tiny):
-    whole, adapted = count(outline(CHECKPOINT)), count(outline(CHECKPOINT, LoraConfig(r=4)))
+    whole, adapted = outline(CHECKPOINT).parameter_counts(), outline(CHECKPOINT, LoraConfig(r=4)).parameter_counts()
     tiny.unfreeze()
-    assert count(tiny) == whole
+    assert tiny.parameter_counts() == whole
     assert whole.transformer > whole.trained > 0.9 * whole.transformer  # less what no gradient reaches
     tiny.transformer.requires_grad_(False)
     tiny.add_lora(LoraConfig(r=4))
-    assert count(tiny) == adapted and adapted.transformer == whole.transformer + adapted.trained
-    assert count(outline(CHECKPOINT, adapter=True)).trained == 0
+    assert tiny.parameter_counts() == adapted and adapted.transformer == whole.transformer + adapted.trained
+    assert outline(CHECKPOINT, adapter=CHECKPOINT).parameter_counts().trained == 0
 
 
 def test_adam_keeps_what_the_sum_says(tiny):
@@ -123,7 +125,7 @@ def test_adam_keeps_what_the_sum_says(tiny):
     optimizer = torch.optim.AdamW(trained)
     sum(p.sum() for p in trained).backward()
     optimizer.step()
-    found = need(count(tiny), Setup(half=False))
+    found = memory_use(tiny.parameter_counts(), Setup(half=False))
     states = [v for state in optimizer.state.values() for v in state.values() if v.ndim]
     assert found.optimizer == sum(v.nbytes for v in states)
     assert found.gradients == sum(p.grad.nbytes for p in trained)
@@ -134,7 +136,9 @@ def test_the_published_model_is_the_one_that_is_outlined(true_folder, true_full)
     """20.43e9 parameters; the text encoder's 8.29e9 and the VAE's 0.127e9 are those of the published files."""
     assert (true_full.transformer, true_full.encoders) == (20_430_401_088, 8_292_166_656 + 126_892_531)
     assert true_full.layers == 60 and true_full.width == 3072 and true_full.block == 339_831_296
-    assert count(outline(true_folder, LoraConfig(r=32))).trained == (16 * 60 - 4) * 32 * 3072  # A and B of 8 a block
+    assert (
+        outline(true_folder, LoraConfig(r=32)).parameter_counts().trained == (16 * 60 - 4) * 32 * 3072
+    )  # A and B of 8 a block
 
 
 @pytest.mark.parametrize("tuning", ["full", "LoRA"])
@@ -169,7 +173,7 @@ def test_what_a_block_keeps_for_its_backward(tuning):
             )
         return sum(s.nbytes() for s in storages.values()) / (2 * (256 + 32) * model.inner_dim)
 
-    assert kept(3, False) - kept(2, False) == pytest.approx(KEPT_BY_BLOCK[tuning], abs=0.2)
+    assert kept(3, False) - kept(2, False) == pytest.approx(QwenImage.kept_by_block[tuning], abs=0.2)
     assert kept(3, True) - kept(2, True) == pytest.approx(1, abs=0.01)
 
 
@@ -183,14 +187,18 @@ def test_what_does_not_fit_is_told_with_what_would(true_full):
     ) as told:
         check_fits(true_full, Setup(processes=8), 80 * GIB)
     message = str(told.value)
-    assert "there are 80.0" in message and "--check_memory false" in message and "copies of the model" not in message
+    assert (
+        "80.0 GiB are available" in message
+        and "--check_memory false" in message
+        and "copies of the model" not in message
+    )
     assert "What would fit: --config_file configs/accelerate/zero3.yaml --offload true, or a LoRA: " in message
     with pytest.raises(ValueError, match=r"copies of the model 76\.1.*What would fit: --config_file .*zero3\.yaml"):
         check_fits(true_full, Setup(processes=8, reference=True), 80 * GIB)  # ZeRO-3 shares out a reference
     with pytest.raises(ValueError, match=r"copies of the model 75\.8.*What would fit: a LoRA"):
         check_fits(true_full, Setup(processes=8, average=True), 80 * GIB)  # and no moving average
     with pytest.raises(ValueError, match=r"this machine, for 2 processes .* It takes a machine with more memory"):
-        check_fits(true_full, Setup(processes=2), 20 * GIB, on_host=2)
+        check_fits(true_full, Setup(processes=2), 20 * GIB, processes_sharing=2)
     with pytest.raises(ValueError, match=r"What would fit: --config_file configs/accelerate/zero3_offload.yaml --off"):
         check_fits(true_full, Setup(stage=3, processes=16, offload=True), 20 * GIB)
 
@@ -198,7 +206,7 @@ def test_what_does_not_fit_is_told_with_what_would(true_full):
 def test_what_is_said_to_fit_does(true_full):
     for name, stage in LAUNCHERS.items():
         setup = Setup(processes=8, offload=True, **stage)
-        fits = need(true_full, setup).lasting <= 80 * GIB
+        fits = memory_use(true_full, setup).lasting <= 80 * GIB
         assert fits == (name in ("zero3", "zero3_offload"))
         if fits:
             check_fits(true_full, setup, 80 * GIB)
@@ -208,9 +216,9 @@ def test_what_is_said_to_fit_does(true_full):
 
 
 def test_processes_of_one_machine_share_what_they_do_not_train():
-    check_fits(LORA, Setup(half=False), 1300 * 4 + 2 * 160, on_host=2)
+    check_fits(LORA, Setup(half=False), 1300 * 4 + 2 * 160, processes_sharing=2)
     with pytest.raises(ValueError, match="for 3 processes"):
-        check_fits(LORA, Setup(half=False), 1300 * 4 + 2 * 160, on_host=3)
+        check_fits(LORA, Setup(half=False), 1300 * 4 + 2 * 160, processes_sharing=3)
 
 
 def test_the_setup_is_read_from_the_arguments(tmp_path):
@@ -225,11 +233,13 @@ def test_the_setup_is_read_from_the_arguments(tmp_path):
 
 def test_the_tiny_model_fits_and_the_check_can_be_left_out(tmp_path, true_folder, monkeypatch):
     common = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
-    check_memory(ModelArguments(), SFTConfig(**common))
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("Little", (), {"available": GIB}))
+    fits = outline("tiny", ModelArguments().peft_config()).parameter_counts()
+    check_memory(fits, ModelArguments(), SFTConfig(**common))
+    large = outline(true_folder, ModelArguments().peft_config()).parameter_counts()
+    monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: type("Little", (), {"available": GIB}))
     with pytest.raises(ValueError, match=r"a LoRA of this transformer of 20\.5e9 .* on this machine"):
-        check_memory(ModelArguments(model=str(true_folder), adapter=None), SFTConfig(**common))
-    check_memory(ModelArguments(model=str(true_folder)), SFTConfig(**common, check_memory=False))
+        check_memory(large, ModelArguments(), SFTConfig(**common))
+    check_memory(large, ModelArguments(), SFTConfig(**common, check_memory=False))
 
 
 @pytest.mark.parametrize("launch", [[sys.executable], [BIN / "torchrun", "--standalone", "--nproc_per_node", "2"]])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from align.parallel.resharding import MASTER, deal_anew, read_state
+from align.parallel.resharding import MASTER, read_state, reshard
 from align.parallel.sharding import Sharding
 
 PLAIN = Sharding(0, 1)
@@ -48,7 +48,7 @@ def test_an_optimizer_goes_on_from_what_is_read(written, groups):
     folder, then, later = written
     weights = {name: torch.nn.Parameter(value) for name, value in then.items()}
     optimizer, scheduler = made(weights, groups)
-    deal_anew(folder, PLAIN, weights, optimizer, scheduler)
+    reshard(folder, PLAIN, weights, optimizer, scheduler)
     assert [group["lr"] for group in optimizer.param_groups] == [0.1 / 4] * groups == scheduler.get_last_lr()
     stepped(weights, optimizer, scheduler, 2)
     assert all(torch.equal(weights[name], later[name]) for name in weights)

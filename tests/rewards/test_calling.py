@@ -17,8 +17,8 @@ from PIL import Image
 
 from rewards import RewardError, RewardUnavailable, load_rewards, score
 from rewards.calling import score_one
-from rewards.remote.threads import in_thread
 from rewards.remote.timed import Timed
+from rewards.threads import in_thread
 
 IMAGES = [Image.new("RGB", (4, 4), color) for color in ("red", "green", "blue")]
 PROMPTS = ["a", "b", "c"]

@@ -4,13 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from asking import ask
 from peft import LoraConfig
 
 from align.maths.flow import Transition
-from align.sampling.noise import seeded_noise
-from align.sampling.rollout import ImageKey, SamplingPlan, rollout, velocity_fn
+from align.sampling.noise import ImageKey, seeded_noise
+from align.sampling.rollout import SamplingPlan, rollout, velocity_fn
 
 PROMPTS = ["a circle"] * 3 + ["three red circles on a blue background"] * 3
+REQUESTS = ask(PROMPTS)
 KEYS = [ImageKey(0, 4, i // 3, i % 3) for i in range(6)]
 PLAN = SamplingPlan(64, 64, num_inference_steps=5, sde_steps=(0, 1, 2, 3, 4), noise_level=0.7, batch_size=6)
 
@@ -24,15 +26,15 @@ def test_noise_is_a_function_of_its_key_and_standard_normal():
 
 
 def test_images_do_not_depend_on_the_chunk_they_are_sampled_in(tiny):
-    whole = rollout(tiny, PROMPTS, KEYS, PLAN)
-    chunks = rollout(tiny, PROMPTS, KEYS, replace(PLAN, batch_size=4))
+    whole = rollout(tiny, REQUESTS, KEYS, PLAN)
+    chunks = rollout(tiny, REQUESTS, KEYS, replace(PLAN, batch_size=4))
     assert (whole.latents - chunks.latents).abs().max() < 1e-4
-    alone = rollout(tiny, PROMPTS[4:5], KEYS[4:5], PLAN)
+    alone = rollout(tiny, REQUESTS[4:5], KEYS[4:5], PLAN)
     assert (whole.latents[4] - alone.latents[0]).abs().max() < 1e-4
 
 
 def test_every_image_of_a_group_has_noise_of_its_own(tiny):
-    drawn = rollout(tiny, PROMPTS, KEYS, PLAN)
+    drawn = rollout(tiny, REQUESTS, KEYS, PLAN)
     for record in (drawn.transitions[0].latents, drawn.transitions[2].next_latents - drawn.transitions[2].mean):
         flat = record.flatten(1)
         distance = torch.cdist(flat, flat) + 1e9 * torch.eye(6)
@@ -40,8 +42,8 @@ def test_every_image_of_a_group_has_noise_of_its_own(tiny):
 
 
 def test_a_shared_start_shares_the_initial_noise_only(tiny):
-    keys = [ImageKey(0, 4, i // 3, i % 3, noise_sample=0) for i in range(6)]
-    drawn = rollout(tiny, PROMPTS, keys, PLAN)
+    keys = [ImageKey(0, 4, i // 3, i % 3, start=0) for i in range(6)]
+    drawn = rollout(tiny, REQUESTS, keys, PLAN)
     start, second = drawn.transitions[0].latents, drawn.transitions[1].latents
     assert torch.equal(start[0], start[2]) and torch.equal(start[3], start[5])
     assert not torch.equal(start[0], start[3])
@@ -55,13 +57,13 @@ def test_a_shared_start_shares_the_initial_noise_only(tiny):
 def test_velocities_up_to_the_first_noise_are_computed_once_for_images_with_one_start(
     tiny, starts, first, guidance_scale, size
 ):
-    keys = [ImageKey(0, 4, i // 3, i % 3, noise_sample=i % starts) for i in range(6)]
+    keys = [ImageKey(0, 4, i // 3, i % 3, start=i % starts) for i in range(6)]
     plan = replace(PLAN, sde_steps=(first, first + 1), guidance_scale=guidance_scale, batch_size=size)
-    drawn = rollout(tiny, PROMPTS, keys, plan)
+    drawn = rollout(tiny, REQUESTS, keys, plan)
     saved = (6 - 2 * starts) * (first + 1)  # prompts x starts, of the steps before the window and its first one
     assert drawn.forwards == (6 * 5 - saved) * (2 if guidance_scale > 1 else 1)
     for row, (prompt, key) in enumerate(zip(PROMPTS, keys, strict=True)):  # a call of its own shares nothing
-        alone = rollout(tiny, [prompt], [key], plan)
+        alone = rollout(tiny, ask([prompt]), [key], plan)
         assert alone.forwards == 5 * plan.forwards_per_velocity
         assert (drawn.latents[row] - alone.latents[0]).abs().max() < 1e-4
         for together, one in zip(drawn.transitions, alone.transitions, strict=True):
@@ -72,15 +74,15 @@ def test_velocities_up_to_the_first_noise_are_computed_once_for_images_with_one_
 
 
 def test_images_that_start_alike_and_have_no_noise_are_still_all_drawn(tiny):
-    keys = [ImageKey(0, 4, i // 3, i % 3, noise_sample=0) for i in range(6)]
-    drawn = rollout(tiny, PROMPTS, keys, replace(PLAN, sde_steps=(), noise_level=0.0))
+    keys = [ImageKey(0, 4, i // 3, i % 3, start=0) for i in range(6)]
+    drawn = rollout(tiny, REQUESTS, keys, replace(PLAN, sde_steps=(), noise_level=0.0))
     assert drawn.forwards == 6 * 5 and len(drawn.images) == 6
-    given = rollout(tiny, PROMPTS, keys, replace(PLAN, sde_steps=(2,)), initial_latents=drawn.latents)
+    given = rollout(tiny, REQUESTS, keys, replace(PLAN, sde_steps=(2,)), initial_latents=drawn.latents)
     assert given.forwards == 6 * 5  # latents that were given are taken as they are
 
 
 def test_only_the_named_steps_are_stochastic_and_recorded(tiny):
-    drawn = rollout(tiny, PROMPTS, KEYS, replace(PLAN, sde_steps=(1, 3)))
+    drawn = rollout(tiny, REQUESTS, KEYS, replace(PLAN, sde_steps=(1, 3)))
     sigmas = tiny.sigmas(5, 64, 64)
     assert drawn.steps == (1, 3) and len(drawn.transitions) == 2
     for step, record in zip(drawn.steps, drawn.transitions, strict=True):
@@ -88,7 +90,7 @@ def test_only_the_named_steps_are_stochastic_and_recorded(tiny):
         assert torch.equal(record.sigma_next, sigmas[step + 1].expand(6))
     # Between the two there is one ODE step from the first record to the second.
     record = drawn.transitions[0]
-    velocity = velocity_fn(tiny, PLAN)(record.next_latents, sigmas[2].expand(6), tiny.encode_prompts(PROMPTS))
+    velocity = velocity_fn(tiny, PLAN)(record.next_latents, sigmas[2].expand(6), tiny.encode(REQUESTS))
     expected = record.next_latents + (sigmas[3] - sigmas[2]) * velocity
     assert (drawn.transitions[1].latents - expected).abs().max() < 1e-5
 
@@ -98,35 +100,35 @@ def test_only_the_named_steps_are_stochastic_and_recorded(tiny):
 def test_replaying_a_rollout_in_mixed_micro_batches_gives_ratio_one(tiny, sde_type, guidance_scale):
     tiny.add_lora(LoraConfig(r=4))
     plan = replace(PLAN, sde_type=sde_type, guidance_scale=guidance_scale, sde_steps=(0, 1, 2, 3))
-    drawn = rollout(tiny, PROMPTS, KEYS, plan)
+    drawn = rollout(tiny, REQUESTS, KEYS, plan)
     everything = Transition.cat(drawn.transitions)
     prompts = PROMPTS * 4
     order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
     velocity = velocity_fn(tiny, plan)
     for rows in order.split(5):
         old = everything[rows]
-        v = velocity(old.latents, old.sigma, tiny.encode_prompts([prompts[i] for i in rows]))
+        v = velocity(old.latents, old.sigma, tiny.encode(ask(prompts[i] for i in rows)))
         now = drawn.sampler.transition(old.latents, v, old.sigma, old.sigma_next, next_latents=old.next_latents)
         assert (torch.exp(now.log_prob - old.log_prob) - 1).abs().max() < 1e-5
         assert now.log_prob.requires_grad
 
 
 def test_records_are_float32_on_a_half_precision_model():
-    from align.models.qwen_image import QwenImage
+    from align.models.families import load_model
 
-    model = QwenImage.from_pretrained("tiny", torch.bfloat16)
-    drawn = rollout(model, PROMPTS, KEYS, replace(PLAN, sde_steps=(0, 1)))
+    model = load_model("tiny", torch.bfloat16)
+    drawn = rollout(model, REQUESTS, KEYS, replace(PLAN, sde_steps=(0, 1)))
     assert {value.dtype for record in drawn.transitions for value in vars(record).values()} == {torch.float32}
     assert not torch.equal(drawn.transitions[0].next_latents, drawn.transitions[0].next_latents.bfloat16().float())
 
 
 def test_forwards_are_counted_twice_under_guidance(tiny):
-    assert rollout(tiny, PROMPTS, KEYS, PLAN).forwards == 6 * 5
-    assert rollout(tiny, PROMPTS, KEYS, replace(PLAN, guidance_scale=2.0)).forwards == 2 * 6 * 5
+    assert rollout(tiny, REQUESTS, KEYS, PLAN).forwards == 6 * 5
+    assert rollout(tiny, REQUESTS, KEYS, replace(PLAN, guidance_scale=2.0)).forwards == 2 * 6 * 5
 
 
 def test_images_are_the_decoded_latents(tiny):
-    drawn = rollout(tiny, PROMPTS, KEYS, replace(PLAN, batch_size=4))
+    drawn = rollout(tiny, REQUESTS, KEYS, replace(PLAN, batch_size=4))
     again = tiny.decode_latents(drawn.latents, 64, 64)
     assert len(drawn.images) == 6
     for one, other in zip(drawn.images, again, strict=True):
@@ -137,8 +139,8 @@ def test_images_are_the_decoded_latents(tiny):
 
 def test_the_second_order_solver_comes_nearer_to_a_fine_solution_with_as_many_forwards(tiny):
     plan = replace(PLAN, sde_steps=(), noise_level=0.0, num_inference_steps=6)
-    fine = rollout(tiny, PROMPTS, KEYS, replace(plan, num_inference_steps=50)).latents
-    euler, second = (rollout(tiny, PROMPTS, KEYS, replace(plan, solver=solver)) for solver in ("euler", "ab2"))
+    fine = rollout(tiny, REQUESTS, KEYS, replace(plan, num_inference_steps=50)).latents
+    euler, second = (rollout(tiny, REQUESTS, KEYS, replace(plan, solver=solver)) for solver in ("euler", "ab2"))
     assert second.forwards == euler.forwards == 6 * 6
     assert (second.latents - fine).norm() < 0.85 * (euler.latents - fine).norm()
 

@@ -10,14 +10,16 @@ from datetime import datetime
 
 import pytest
 import torch
+from asking import ask
 from datasets import Dataset
 from PIL import Image
 from services import ODD
 
-from align.models.qwen_image import QwenImage
+from align.models.families import load_model
 from align.sampling.held_out import check_columns
-from align.sampling.rollout import ImageKey, SamplingPlan, rollout
-from align.sampling.scorer import Scoring
+from align.sampling.noise import ImageKey
+from align.sampling.rollout import SamplingPlan, rollout
+from align.sampling.scorer import BackgroundScorer
 from rewards import RewardError, load_rewards
 
 ROWS = [{"prompt": f"p{n}", "level": n, "kind": "text" if n % 2 else "photo"} for n in range(6)]
@@ -37,10 +39,10 @@ def fails_on_three(images, prompts):
 
 
 def table(rewards, parts=PARTS, allowed=0.0):
-    with Scoring(load_rewards(rewards), ROWS) as scoring:
+    with BackgroundScorer(load_rewards(rewards), ROWS) as scoring:
         for part in parts:
             scoring.add(part, IMAGES[part])
-        return scoring.table(allowed)
+        return scoring.agreed_scores(allowed)
 
 
 @pytest.mark.parametrize("parts", [PARTS, PARTS[::-1], [slice(0, 6)], [slice(4, 6), slice(0, 4)]])
@@ -49,9 +51,9 @@ def test_scores_stand_where_their_images_do(parts):
 
 
 def test_without_rewards_there_are_no_scores():
-    with Scoring([], ROWS) as scoring:
+    with BackgroundScorer([], ROWS) as scoring:
         scoring.add(PARTS[0], IMAGES[:2])
-        (column,) = scoring.table(0.0)
+        (column,) = scoring.agreed_scores(0.0)
     assert len(column) == 6 and all(map(math.isnan, column))
 
 
@@ -97,9 +99,9 @@ def test_a_part_is_scored_while_the_next_is_sampled():
     def waits(images, prompts):
         return [float(second_is_there.wait(60))] * len(images)
 
-    model = QwenImage.from_pretrained("tiny")
+    model = load_model("tiny")
     rows = [{"prompt": "a circle"}] * 4
-    with Scoring(load_rewards([waits]), rows) as scoring:
+    with BackgroundScorer(load_rewards([waits]), rows) as scoring:
 
         def add(part, images):
             scoring.add(part, images)
@@ -108,8 +110,8 @@ def test_a_part_is_scored_while_the_next_is_sampled():
 
         plan = SamplingPlan(64, 64, num_inference_steps=2, batch_size=2)
         keys = [ImageKey(0, 0, n, 0) for n in range(4)]
-        result = rollout(model, ["a circle"] * 4, keys, plan, on_images=add)
-        assert scoring.table(0.0) == [[1.0] * 4]
+        result = rollout(model, ask(["a circle"] * 4), keys, plan, on_images=add)
+        assert scoring.agreed_scores(0.0) == [[1.0] * 4]
     assert len(result.images) == 4 and torch.isfinite(result.latents).all()
 
 
@@ -120,9 +122,9 @@ def test_an_error_while_sampling_ends_the_scoring():
         called.append(len(images))
         return [0.0] * len(images)
 
-    with pytest.raises(RuntimeError, match="sampling"), Scoring(load_rewards([counts]), ROWS) as scoring:
+    with pytest.raises(RuntimeError, match="sampling"), BackgroundScorer(load_rewards([counts]), ROWS) as scoring:
         raise RuntimeError("sampling")
-    with pytest.raises(RuntimeError, match="is over"):
+    with pytest.raises(RuntimeError, match="has ended"):
         scoring.add(PARTS[0], IMAGES[:2])
     assert not called
 
@@ -139,10 +141,10 @@ def test_whatever_scoring_raises_becomes_the_runs_error_on_every_process():
             return super().__getitem__(key)
 
     called: list[str] = []
-    with Scoring(load_rewards([late]), [Odd(row) for row in ROWS]) as scoring:
+    with BackgroundScorer(load_rewards([late]), [Odd(row) for row in ROWS]) as scoring:
         scoring.add(slice(0, 6), IMAGES)
         with pytest.raises(RewardError, match="scoring failed: OSError: the data set's file is gone"):
-            scoring.table(1.0)
+            scoring.agreed_scores(1.0)
 
 
 def test_a_number_beyond_all_floats_is_no_score():
@@ -155,7 +157,7 @@ def test_a_number_beyond_all_floats_is_no_score():
 HANGS = """
 import signal, sys, time
 from PIL import Image
-from align.sampling.scorer import Scoring
+from align.sampling.scorer import BackgroundScorer
 from rewards import load_rewards
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
@@ -164,9 +166,9 @@ def hangs(images, prompts):
     print("called", flush=True)
     time.sleep(1000)
 
-with Scoring(load_rewards([hangs]), [{"prompt": "p"}]) as scoring:
+with BackgroundScorer(load_rewards([hangs]), [{"prompt": "p"}]) as scoring:
     scoring.add(slice(0, 1), [Image.new("RGB", (4, 4))])
-    scoring.table(0.0)
+    scoring.agreed_scores(0.0)
 """
 
 

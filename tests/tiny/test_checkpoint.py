@@ -1,4 +1,4 @@
-"""The committed checkpoint: stock diffusers loads it, it is small and safe, and it follows its prompts."""
+"""Test the committed checkpoint: stock diffusers loads it, it is small and safe, and it follows its prompts."""
 
 import json
 
@@ -24,21 +24,23 @@ def draw(pipeline, prompts, seed=0, **options):
     return pipeline(prompts, generator=torch.Generator().manual_seed(seed), **options).images
 
 
-def rows(name, number):
+def first_rows(name, number):
+    """Return the first rows of the test file of a prompt set."""
     return [json.loads(line) for line in (PROMPTS / name / "test.jsonl").read_text().splitlines()[:number]]
 
 
-def exact(pipeline, chosen):
-    """Share of exactly right images, and the scenes."""
-    images = draw(pipeline, [row["prompt"] for row in chosen])
-    scores = shapes.shapes_exact(images, [row["prompt"] for row in chosen], spec=[row["spec"] for row in chosen])
+def exact(pipeline, rows):
+    """Return the share of exactly right images, and what each image shows."""
+    prompts = [row["prompt"] for row in rows]
+    images = draw(pipeline, prompts)
+    scores = shapes.shapes_exact(images, prompts, spec=[row["spec"] for row in rows])
     return np.mean(scores), [shapes.measure(image) for image in images]
 
 
 def test_it_is_a_qwen_image(pipeline):
     index = json.loads((CHECKPOINT / "model_index.json").read_text())
     assert index["_class_name"] == "QwenImagePipeline"
-    assert {name: part[1] for name, part in index.items() if not name.startswith("_")} == {
+    assert {name: origin[1] for name, origin in index.items() if not name.startswith("_")} == {
         "scheduler": "FlowMatchEulerDiscreteScheduler",
         "text_encoder": "Qwen2_5_VLForConditionalGeneration",
         "tokenizer": "Qwen2Tokenizer",
@@ -47,7 +49,7 @@ def test_it_is_a_qwen_image(pipeline):
     }
 
 
-def test_it_is_small_and_holds_no_pickle():
+def test_it_is_small_and_contains_no_pickle():
     files = [path for path in CHECKPOINT.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 10_000_000
     assert {path.suffix for path in files} <= {".json", ".jinja", ".safetensors", ".md"}
@@ -69,7 +71,7 @@ def test_weights_are_half_precision_and_finite():
 
 
 def test_head_of_the_template_is_34_tokens(pipeline):
-    """The stock pipeline drops 34 tokens: one more or less, and it would cut into the prompt."""
+    """The stock pipeline drops 34 tokens. With a head of another length it would cut into the prompt or leave text."""
     assert pipeline.prompt_template_encode_start_idx == 34
     head = text.prompt_template().split("{}")[0]
     for tokenizer in (pipeline.tokenizer, text.build_tokenizer()):
@@ -103,14 +105,14 @@ def test_committed_tokenizer_and_text_encoder_are_what_the_recipe_makes(pipeline
 def test_text_encoder_tells_words_apart(pipeline):
     features, _ = pipeline.encode_prompt([f"{color} circles" for color in shapes.COLORS])
     words = torch.nn.functional.normalize(features[:, 0], dim=-1)
-    likeness = words @ words.T - torch.eye(len(words))
-    assert likeness.max() < 0.5
+    similarity = words @ words.T - torch.eye(len(words))
+    assert similarity.max() < 0.5
 
 
-def test_untrained_parts_have_the_configuration_of_the_checkpoint(pipeline):
+def test_untrained_components_have_the_configuration_of_the_checkpoint(pipeline):
     def settings(config):
-        kept = {k: v for k, v in config.items() if not k.startswith(("_", "latents_"))}
-        return json.loads(json.dumps(kept))  # a tuple comes back from a file as a list
+        public = {key: value for key, value in config.items() if not key.startswith(("_", "latents_"))}
+        return json.loads(json.dumps(public))  # JSON turns the tuples into lists, as in the file
 
     assert settings(denoiser.build_denoiser().config) == settings(pipeline.transformer.config)
     assert settings(vae.build_vae().config) == settings(pipeline.vae.config)
@@ -118,7 +120,7 @@ def test_untrained_parts_have_the_configuration_of_the_checkpoint(pipeline):
 
 
 def test_one_frame_path_is_exact(pipeline):
-    """The 2-D convolutions of the recipe give what the causal 3-D convolutions give, and leave no trace."""
+    """The recipe's 2-D convolutions give the results of the causal 3-D ones, and leave the VAE unchanged."""
     specs = [world.parse("a red cross on a white background"), world.parse("the word CAT in red on white")]
     images = [world.render(spec, world.random.Random(0)) for spec in specs]
     pixels = vae.to_pixels(images)
@@ -126,20 +128,20 @@ def test_one_frame_path_is_exact(pipeline):
         expected = pipeline.vae.encode(pixels).latent_dist.mode()
         latents = vae.encode(pipeline.vae, images)
         assert torch.allclose(latents, expected, atol=1e-4)
-        restored = vae.to_pixels(vae.decode(pipeline.vae, latents))
-        assert (restored - pipeline.vae.decode(latents).sample.clamp(-1, 1)).abs().max() < 0.01
+        decoded = vae.to_pixels(vae.decode(pipeline.vae, latents))
+        assert (decoded - pipeline.vae.decode(latents).sample.clamp(-1, 1)).abs().max() < 0.01
         assert torch.equal(pipeline.vae.encode(pixels).latent_dist.mode(), expected)
 
 
-def test_vae_keeps_pictures():
+def test_vae_reconstructs_pictures():
     pipeline = QwenImagePipeline.from_pretrained(CHECKPOINT)  # as a stock user would: no dtype
     rng = world.random.Random(0)
     specs = [world.sample(rng, kind, "held-out")[1] for kind in ("count", "pair", "word") for _ in range(12)]
     images = [world.render(spec, rng) for spec in specs]
-    restored = vae.decode(pipeline.vae, vae.encode(pipeline.vae, images))
-    assert vae.psnr(images, restored) > 26
+    reconstructions = vae.decode(pipeline.vae, vae.encode(pipeline.vae, images))
+    assert vae.psnr(images, reconstructions) > 26
     assert vae.psnr(images, images[1:] + images[:1]) < 15
-    assert np.mean(shapes.shapes_exact(restored, [""] * len(images), spec=specs)) > 0.85
+    assert np.mean(shapes.shapes_exact(reconstructions, [""] * len(images), spec=specs)) > 0.85
 
 
 def test_latents_are_normalised(pipeline):
@@ -154,28 +156,27 @@ def test_latents_are_normalised(pipeline):
 
 
 def test_a_seed_gives_the_same_picture_and_another_seed_another(pipeline):
-    one, same, other = (np.asarray(draw(pipeline, ["two squares"], seed)[0]) for seed in (0, 0, 1))
-    assert one.shape == (64, 64, 3)
-    assert (one == same).all() and (one != other).any()
+    first, repeated, other_seed = (np.asarray(draw(pipeline, ["two squares"], seed)[0]) for seed in (0, 0, 1))
+    assert first.shape == (64, 64, 3)
+    assert (first == repeated).all() and (first != other_seed).any()
 
 
 def test_prompts_are_followed(pipeline):
-    """Floors far below the figures of the model card, far above chance (0.00 for full prompts)."""
-    share, scenes = exact(pipeline, rows("background", 32))
+    """The thresholds are far below the figures of the model card, and far above chance (0.00 for complete prompts)."""
+    share, scenes = exact(pipeline, first_rows("background", 32))
     assert share > 0.5
-    assert len({scene.background for scene in scenes}) >= 5  # what is unsaid stays open
-    assert exact(pipeline, rows("counts", 24))[0] > 0.5
-    chosen = rows("words", 24)
-    images = draw(pipeline, [row["prompt"] for row in chosen])
-    letters = shapes.shapes_word(images, [], spec=[row["spec"] for row in chosen])
+    assert len({scene.background for scene in scenes}) >= 5  # the prompts do not mention the background
+    assert exact(pipeline, first_rows("counts", 24))[0] > 0.5
+    rows = first_rows("words", 24)
+    images = draw(pipeline, [row["prompt"] for row in rows])
+    letters = shapes.shapes_word(images, [], spec=[row["spec"] for row in rows])
     assert np.mean(letters) > 0.35
 
 
 def test_guidance_works(pipeline):
-    """Classifier-free guidance with the unprompted state the model was trained with."""
-    images = draw(
-        pipeline, ["a red circle on a blue background"] * 4, true_cfg_scale=2.0, negative_prompt=denoiser.UNPROMPTED
-    )
-    plain = draw(pipeline, ["a red circle on a blue background"] * 4)
-    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(images, plain, strict=True))
-    assert all(shapes.measure(image).background == "blue" for image in images)
+    """Classifier-free guidance works with the empty prompt that the model was trained with."""
+    prompts = ["a red circle on a blue background"] * 4
+    guided = draw(pipeline, prompts, true_cfg_scale=2.0, negative_prompt=denoiser.UNPROMPTED)
+    unguided = draw(pipeline, prompts)
+    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(guided, unguided, strict=True))
+    assert all(shapes.measure(image).background == "blue" for image in guided)

@@ -1,0 +1,153 @@
+"""What a resume must not change is refused by name, for every algorithm, from the command line and from Python."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from matching_runs import GROUNDED, dpo, sft
+
+from align import sft as door
+from align.dpo import DPOConfig
+from align.dpo_online import OnlineDPOConfig
+from align.engine.resume import ROWS_PER_UPDATE
+from align.engine.settings import check_settings, setting, values_of
+from align.grpo import GRPOConfig
+from align.models.qwen_image import QwenImage
+from align.nft import NFTConfig
+from align.sft import SFTConfig
+
+SAVING = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    """The checkpoint of a run of one update of each algorithm that learns from data."""
+    folder = tmp_path_factory.mktemp("runs")
+    sft(folder / "sft", cache_dir=str(folder / "cache"), **SAVING).train()
+    dpo(folder / "dpo", cache_dir=str(folder / "cache"), **SAVING).train()
+    return {name: folder / name / "checkpoint-1" for name in ("sft", "dpo")}
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "dpo"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 7}, "seed is 7 and was 42 when .*: resume with --seed 42, or start a new run from its LoRA"),
+        ({"data_seed": 7}, "data_seed is 7 and was None when .*: resume with no --data_seed,"),
+        ({"logit_mean": 0.5}, "logit_mean is 0.5 and was 0.0 when .*: resume with --logit_mean 0.0,"),
+        ({"logit_std": 0.5}, "logit_std is 0.5 and was 1.0"),
+        ({"height": 32, "width": 32}, "height is 32 and was 64, width is 32 and was 64 when .* --height 64 --width 64"),
+        ({"resolution": 48}, "resolution is 48 and was None"),
+        ({"max_aspect_ratio": 1.5}, "max_aspect_ratio is 1.5 and was 2.0"),
+        (
+            {"negative_prompt": "grey"},
+            "negative_prompt is 'grey' and was ' ' when .*: resume with --negative_prompt ' '",
+        ),
+        ({"eval_seed": 5}, "eval_seed is 5 and was 1234"),
+        ({"eval_sigmas": 3}, "eval_sigmas is 3 and was 5"),
+        ({"per_device_train_batch_size": 2}, "= 2 rows an update, and it was 4 when .*: resume with --per_device"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_update_is_refused_by_name(runs, tmp_path, algorithm, change, message):
+    run = {"sft": sft, "dpo": dpo}[algorithm](tmp_path, cache_dir=str(runs["sft"].parents[1] / "cache"), **change)
+    with pytest.raises(ValueError, match=message):
+        run.train(resume_from_checkpoint=str(runs[algorithm]))
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("decay", [0.9, None])
+def test_a_moving_average_that_comes_or_goes_is_refused(runs, tmp_path, decay):
+    cache = str(runs["sft"].parents[1] / "cache")
+    sft(tmp_path / "first", cache_dir=cache, ema_decay=decay, **SAVING).train()
+    again = sft(tmp_path / "again", cache_dir=cache, ema_decay=0.9 if decay is None else None)
+    with pytest.raises(ValueError, match=r"ema_decay is .* and was"):
+        again.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-1"))
+
+
+def test_settings_of_data_and_model_are_refused_by_name_on_the_command_line(runs, tmp_path):
+    words = {
+        "dataset_name": GROUNDED, "output_dir": tmp_path / "out", "height": 64, "width": 64, "lora_r": 4, "lora_alpha": 8,
+        "per_device_train_batch_size": 4, "use_cpu": True, "cache_dir": runs["sft"].parents[1] / "cache",
+        "num_inference_steps": 2, **SAVING,
+    }  # fmt: skip
+    start(words)
+    resumed = words | {"max_steps": 2, "resume_from_checkpoint": True}
+    for change, message in (
+        ({"trigger": "mystyle"}, "trigger is 'mystyle' and was None when .*: resume with no --trigger"),
+        ({"dtype": "bfloat16"}, "dtype is 'bfloat16' and was 'float32' when .*: resume with --dtype float32"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            start(resumed | change)
+    start(resumed)
+    assert (tmp_path / "out" / "checkpoint-2").is_dir()
+
+
+def start(words: dict) -> None:
+    """SFT, by the command line."""
+    door.main([str(word) for name, value in words.items() for word in (f"--{name}", value)])
+
+
+def test_what_only_sft_has_is_refused_too(runs, tmp_path):
+    with pytest.raises(ValueError, match=r"caption_dropout is 0\.5 and was 0\.1"):
+        sft(tmp_path, caption_dropout=0.5).train(resume_from_checkpoint=str(runs["sft"]))
+
+
+def test_the_objective_may_change_and_is_named(runs, tmp_path, caplog):
+    again = dpo(tmp_path, max_steps=2, loss_type="hinge", cache_dir=str(runs["sft"].parents[1] / "cache"))
+    again.train(resume_from_checkpoint=str(runs["dpo"]))
+    assert again.state.global_step == 2 and "loss_type 'sigmoid' -> 'hinge'" in caplog.text
+
+
+def test_the_command_line_says_so_before_a_model_is_loaded(runs, tmp_path, monkeypatch):
+    def loaded(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(QwenImage, "load", loaded)
+    words = {
+        "dataset_name": GROUNDED, "output_dir": tmp_path / "out", "height": 64, "width": 64, "lora_r": 4, "lora_alpha": 8,
+        "per_device_train_batch_size": 4, "use_cpu": True, "logit_mean": 0.5, "resume_from_checkpoint": runs["sft"],
+    }  # fmt: skip
+    with pytest.raises(SystemExit, match=r"error: logit_mean is 0.5 and was 0.0 when .* resume with --logit_mean 0.0"):
+        door.main([str(word) for name, value in words.items() for word in (f"--{name}", value)])
+
+
+def test_a_checkpoint_of_the_version_before_is_refused_with_a_way_on(runs, tmp_path):
+    """Format 1 said of SFT and DPO how many rows an update has, and nothing else."""
+    old = Path(shutil.copytree(runs["sft"], tmp_path / "old" / "checkpoint-1"))
+    content = json.loads((old / "checkpoint.json").read_text()) | {"format": 1, "version": "0.1.0"}
+    fixed = content["run"].pop("fixed_on_resume")
+    content["run"] |= {"dealing": {ROWS_PER_UPDATE: fixed[ROWS_PER_UPDATE]}}
+    (old / "checkpoint.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"0\.1\.0 in format 1.*or start a new run from its LoRA with --adapter .*old"):
+        sft(tmp_path / "new").train(resume_from_checkpoint=str(old))
+
+
+@pytest.mark.parametrize("config", [SFTConfig, DPOConfig, OnlineDPOConfig, GRPOConfig, NFTConfig])
+def test_every_algorithm_says_what_is_fixed_in_its_fields(tmp_path, config):
+    fixed = values_of(config(output_dir=str(tmp_path), use_cpu=True), fixed_on_resume=True)
+    assert {"seed", "data_seed", "height", "width", "negative_prompt"} <= fixed.keys()
+    if config is not SFTConfig and config is not DPOConfig:
+        assert {"num_generations", "generation_batch_size", "num_iterations", "num_inference_steps"} <= fixed.keys()
+    if config is not GRPOConfig:
+        assert {"logit_mean", "logit_std"} <= fixed.keys()
+
+
+def test_a_field_says_what_its_value_may_be():
+    @dataclasses.dataclass
+    class Some:
+        count: int | None = setting(3, "How many.", least=1)
+        share: float = setting(0.5, "A share.", within=(0, 1))
+        rate: float = setting(0.1, "A rate.", above=0)
+
+    check_settings(Some())
+    check_settings(Some(count=None))
+    for wrong, message in (
+        ({"count": 0}, "count must be at least 1, found 0"),
+        ({"share": 1.5}, r"share must lie in \[0, 1\], found 1.5"),
+        ({"rate": 0}, "rate must be positive, found 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_settings(Some(**wrong))
