@@ -3,6 +3,7 @@
 flow-align grpo --config tiny/grpo
 """
 
+import os
 import sys
 from importlib import import_module
 
@@ -47,7 +48,13 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"error: unknown command {words[0]!r}." + nearest(name, list(COMMANDS)), file=sys.stderr)
         return 2
-    return import_module(COMMANDS[name][0]).main(words[1:]) or 0
+    try:
+        code = import_module(COMMANDS[name][0]).main(words[1:]) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read it has seen enough: `flow-align configs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 if __name__ == "__main__":

@@ -38,6 +38,15 @@ def test_configs_are_listed_with_a_line_each_and_found_by_name(capsys):
     assert "Did you mean 'tiny/grpo'?" in capsys.readouterr().err
 
 
+def test_a_reader_that_has_seen_enough_ends_a_listing_in_silence():
+    listing = subprocess.Popen(
+        [sys.executable, "-u", "-m", "align", "configs"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    listing.stdout.readline()
+    listing.stdout.close()
+    assert listing.wait(60) == 0 and listing.stderr.read() == b""
+
+
 @pytest.mark.parametrize("words", [["grpo", "--no_such"], ["dpo-online", "--no_such"], ["sft", "--config", "tiny/sff"]])
 def test_doors_are_run_by_name(words):
     with pytest.raises(SystemExit, match=r"error: (unknown option|config file tiny/sff does not exist)"):
