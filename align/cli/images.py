@@ -28,6 +28,25 @@ class SampleArguments:
         [], "Score the samples: built-in names, module:attr or file.py:attr; mappings in a config."
     )
 
+    # A subclass gives these names their own line of help, and says how a data set is read.
+    dataset_name: str = setting("", "Data to train on.")
+    dataset_split: str = setting("train", "Split to train on.")
+    eval_dataset_name: str | None = setting(None, "Held-out data. Default: none.")
+    eval_split: str = setting("test", "Split of the held-out data.")
+    on_bad_row: str = setting("error", "A row that cannot be used: error stops, skip leaves it out and lists it.")
+
+    def load(self) -> dict[str, Any]:
+        """Return what a trainer on images takes; raises BadRow for a file that is known to be bad without decoding it."""
+        return {
+            **self.load_samples(),
+            "train_dataset": self._read(named(self.dataset_name), self.dataset_split),
+            "eval_dataset": self._read(self.eval_dataset_name, self.eval_split) if self.eval_dataset_name else None,
+            "on_bad_row": self.on_bad_row,
+        }
+
+    def _read(self, name: str, split: str) -> Iterable[Any]:
+        raise NotImplementedError
+
     def load_samples(self) -> dict[str, Any]:
         """Return what a trainer takes to sample; raises ValueError where rewards, prompts and guards do not fit."""
         if (self.rewards or self.guard_dataset_names) and not self.eval_prompts_name:
@@ -49,7 +68,6 @@ class CaptionedDataArguments(SampleArguments):
         "",
         "Images and captions: a folder (metadata.jsonl, or .txt beside each image), a file, a hub name, or tiny/NAME.",
     )
-    dataset_split: str = setting("train", "Split to train on.")
     eval_dataset_name: str | None = setting(None, "Held-out images, for the held-out loss. Default: none.")
     eval_split: str = setting("test", "Split of the held-out images.")
     trigger: str | None = setting(
@@ -57,16 +75,6 @@ class CaptionedDataArguments(SampleArguments):
         "A word for the style: the caption of every image that has none, and the first word of those that have.",
         fixed_on_resume=True,
     )
-    on_bad_row: str = setting("error", "A row that cannot be used: error stops, skip leaves it out and lists it.")
-
-    def load(self) -> dict[str, Any]:
-        """Return what a trainer on images takes; raises BadRow for a file that is known to be bad without decoding it."""
-        return {
-            **self.load_samples(),
-            "train_dataset": self._read(named(self.dataset_name), self.dataset_split),
-            "eval_dataset": self._read(self.eval_dataset_name, self.eval_split) if self.eval_dataset_name else None,
-            "on_bad_row": self.on_bad_row,
-        }
 
     def _read(self, name: str, split: str) -> Records[CaptionedImage]:
         records = read_captioned(resolve_dataset(name), split, trigger=self.trigger, on_bad_row=self.on_bad_row)
@@ -81,7 +89,6 @@ class PreferenceDataArguments(SampleArguments):
     dataset_name: str = setting(
         "", "Preferences: parquet, JSON lines, webdataset tars, a folder or a hub name; see preference_data.readers."
     )
-    dataset_split: str = setting("train", "Split to train on.")
     eval_dataset_name: str | None = setting(None, "Held-out preferences, for loss and accuracy. Default: none.")
     eval_split: str = setting("test", "Split of the held-out preferences.")
     dataset_format: str | None = setting(
@@ -98,16 +105,6 @@ class PreferenceDataArguments(SampleArguments):
     merge_annotators: bool = setting(
         False, "Several rows judge one and the same pair: take the majority.", fixed_on_resume=True
     )
-    on_bad_row: str = setting("error", "A row that cannot be used: error stops, skip leaves it out and lists it.")
-
-    def load(self) -> dict[str, Any]:
-        """Return what a trainer on pairs takes; raises BadRow for a file that is known to be bad without decoding it."""
-        return {
-            **self.load_samples(),
-            "train_dataset": self._read(named(self.dataset_name), self.dataset_split),
-            "eval_dataset": self._read(self.eval_dataset_name, self.eval_split) if self.eval_dataset_name else None,
-            "on_bad_row": self.on_bad_row,
-        }
 
     def _read(self, name: str, split: str) -> Iterable[Pair]:
         records: Any = read_preferences(
