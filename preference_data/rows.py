@@ -142,12 +142,33 @@ def _parquet(file: Path) -> Iterator[Row | BadRow]:
             first += parquet.metadata.row_group(group).num_rows
 
 
+class _Header(tarfile.TarInfo):
+    """A member's header, whose absence is an error.
+
+    `tarfile` takes a missing, cut or broken one for the end of the archive, which is an empty block.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        """Read a header from a block, of 512 bytes.
+
+        Raises:
+            tarfile.ReadError: if it is none.
+        """
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if not any(buf) and len(buf) == tarfile.BLOCKSIZE:
+                raise  # the end
+            raise tarfile.ReadError(f"a member or the end of the archive is missing ({error})") from error
+
+
 def _tar(file: Path) -> Iterator[Row | BadRow]:
     """Yield the samples of a webdataset tar: consecutive members with one key, the name up to its first dot."""
     key, members, count = None, dict[str, bytes](), 0
     last = None  # the key of the last complete sample
     try:
-        with tarfile.open(file, "r|*") as archive:
+        with tarfile.open(file, "r|*", tarinfo=_Header) as archive:
             while (member := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # it would keep the headers of all members
                 content = archive.extractfile(member)
@@ -161,8 +182,6 @@ def _tar(file: Path) -> Iterator[Row | BadRow]:
                         last, count = key, count + 1
                     key, members = (folder, stem), {}
                 members[ending] = content.read()
-            if _cut_short(file, archive.offset):
-                raise tarfile.ReadError("the end of the archive is missing")
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, FileNotFoundError):
             raise
@@ -176,19 +195,6 @@ def _tar(file: Path) -> Iterator[Row | BadRow]:
 def _sample_name(key: tuple[str, str]) -> str:
     """Return a key, the folder and the stem, as a path."""
     return "/".join(filter(None, key))
-
-
-def _cut_short(file: Path, end: int) -> bool:
-    """Whether an uncompressed tar lacks the empty block at its end.
-
-    `tarfile` does not tell: it takes a missing or broken header for the end.
-    """
-    with file.open("rb") as content:
-        content.seek(257)
-        if content.read(5) != b"ustar":
-            return False  # compressed, and the compression has its own checks
-        content.seek(end)
-        return content.read(512) != bytes(512)
 
 
 def sample_row(where: str, members: dict[str, Any], folder: Path | None) -> Row | BadRow:
