@@ -4,7 +4,7 @@
 
 The images are the model's own, drawn by the ODE from different noise, with or without an adapter. What is written,
 parquet with a row for each prompt (``prompt, images, scores``, ``scores_NAME`` for each reward, and the columns of the
-prompts), is what ``align/dpo.py`` and ``python -m preference_data.inspect`` read. A run that was stopped goes on where it
+prompts), is what ``align/dpo.py`` and ``flow-align inspect`` read. A run that was stopped goes on where it
 was when it is started again; each of several processes does its share. A signal (Ctrl-C, or a scheduler's SIGTERM) lets it
 finish the batch and write what there is.
 """

@@ -1,4 +1,4 @@
-"""Show what a preference data set contains: ``python -m preference_data.inspect PATH``.
+"""Show what a preference data set contains: ``flow-align inspect PATH``.
 
 Prints counts, ties, margins, sizes, broken rows and prompts. With ``--sheet FILE.png`` it draws some of the pairs, the
 chosen image left and the rejected one right. The data set is read once, one row at a time; ``--fast`` reads only the
@@ -187,9 +187,7 @@ def _two_lines(
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m preference_data.inspect", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="flow-align inspect", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("path", help="a file, a folder or a hub data set")
     parser.add_argument("--format", choices=[*LAYOUTS, "captioned"], help="default: found from the columns")
     parser.add_argument("--split", default="train")

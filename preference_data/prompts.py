@@ -3,6 +3,7 @@
 import glob
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakSet
 
 from datasets import Dataset, load_dataset
 
@@ -11,6 +12,10 @@ from preference_data.sources import load_from_hub
 
 #: File endings, and the builder of `datasets` that reads each.
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+
+
+#: Data sets that :func:`check_prompts` has passed. They never change, so that reading them once is enough.
+_checked: WeakSet[Dataset] = WeakSet()
 
 
 class PromptFile(NamedTuple):
@@ -82,6 +87,8 @@ def check_prompts(dataset: Dataset, source: str = "the data set") -> Dataset:
     Raises:
         ValueError: no such column (naming the nearest), no rows, or a row without text (naming it).
     """
+    if dataset in _checked:
+        return dataset
     if "prompt" not in dataset.column_names:
         hint = did_you_mean("prompt", dataset.column_names, "Did you mean to rename")
         raise ValueError(f"{source} has no column 'prompt'; it has {dataset.column_names}.{hint}")
@@ -92,4 +99,5 @@ def check_prompts(dataset: Dataset, source: str = "the data set") -> Dataset:
             raise ValueError(f"{source}, row {row}, column 'prompt': the prompt is empty")
     if not len(dataset):
         raise ValueError(f"{source} holds no rows")
+    _checked.add(dataset)
     return dataset

@@ -1,8 +1,8 @@
 """List the rewards, or score images, from the shell.
 
-python -m rewards list
-python -m rewards score --use hpsv2 --use ocr --images *.png --prompt "a red cat"
-python -m rewards score --config run.yaml --images pictures/*.png --column target=STOP --json
+flow-align rewards list
+flow-align rewards score --use hpsv2 --use ocr --images *.png --prompt "a red cat"
+flow-align rewards score --config run.yaml --images pictures/*.png --column target=STOP --json
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
 
         return serve(words[1:])
     parser = argparse.ArgumentParser(
-        prog="python -m rewards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="flow-align rewards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser(

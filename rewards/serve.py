@@ -1,4 +1,4 @@
-"""Serve rewards over HTTP: ``python -m rewards.serve --use hpsv2 --use ocr --port 8000``.
+"""Serve rewards over HTTP: ``flow-align rewards serve --use hpsv2 --use ocr --port 8000``.
 
 | | |
 |---|---|
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m rewards.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="flow-align rewards serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--use", action="append", default=[], help="a built-in name, module:attr or file.py:attr; may be repeated")

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from align.cli.arguments import DTYPES, ModelArguments, parse, plain_errors
-from align.cli.checks import check_attention_backend, check_launch, check_memory
 from align.engine import reports
 from align.engine.checkpoints import CheckpointError
-from align.engine.resume import ResumePlan, check_earlier_run, clear_earlier_run, plan_resume, run_identity
+from align.engine.resume import ResumePlan, plan_resume, run_identity
 from align.engine.settings import values_of
 from align.engine.trainer import FlowTrainer
 from align.models import families
 from align.models.contract import FlowModel
+from align.models.loading import nearest
 
 
 def load_model(arguments: ModelArguments) -> FlowModel:
@@ -32,7 +32,17 @@ def defer_model(arguments: ModelArguments) -> families.Deferred:
     """Build the outline of the model that the arguments name, to check things against before it is loaded."""
     check_attention_backend(arguments.attention_backend)
     outline = families.outline(arguments.model, arguments.peft_config(), arguments.adapter)
-    return families.Deferred(outline, partial(load_model, arguments))
+    load = partial(load_model, arguments)
+    return families.Deferred(outline, load, DTYPES[arguments.dtype], arguments.offload)
+
+
+def check_attention_backend(name: str | None) -> None:
+    """Raise ValueError for an attention backend that diffusers does not know."""
+    from diffusers.models.attention_dispatch import AttentionBackendName  # imports diffusers: not with the arguments
+
+    known = {backend.value for backend in AttentionBackendName}
+    if name is not None and name not in known:
+        raise ValueError(f"unknown attention_backend {name!r}." + nearest(name, known))
 
 
 def run(data_type: type, config_type: type, trainer_type: type[Any], argv: list[str] | None) -> None:
@@ -40,14 +50,11 @@ def run(data_type: type, config_type: type, trainer_type: type[Any], argv: list[
     with plain_errors():
         door = trainer_type.__module__.rpartition(".")[2]
         data, model_args, args = parse((data_type, ModelArguments, config_type), argv, door)
-        check_launch(args)
         args.fixed_beside, args.free_beside = settings_beside(data, model_args)
         inputs = data.load()
         model = defer_model(model_args)
         identity = run_identity(trainer_type.algorithm, model.outline.identity(), args)
         plan = plan_resume(args, identity, args.resume_from_checkpoint)
-        check_earlier_run(args, plan)
-        check_memory(model.outline.parameter_counts(), model_args, args)
         trainer = trainer_type(model, args=args, peft_config=model_args.peft_config(), **inputs)
         del inputs  # the trainer keeps what it needs of them
     settings = reports.changed_settings(data, model_args, args)
@@ -66,8 +73,6 @@ def train_and_finish(
     """Train, export, and print what changed and where to look; a signal or a failing reward ends it resumably."""
     args = trainer.args
     stops: tuple[type[Exception], ...] = (*trainer.stops, CheckpointError)
-    if plan.folder is None and args.should_save:
-        clear_earlier_run(str(args.output_dir))
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=plan)

@@ -59,13 +59,18 @@ def plan_resume(args: FlowConfig, identity: dict[str, dict[str, Any]], wanted: s
     Raises:
         FileNotFoundError, ValueError: see :func:`align.engine.checkpoints.find`; or the processes found different
             checkpoints; or it is of another run.
+        FileExistsError: the run starts afresh, and would overwrite an earlier one.
     """
     if wanted is None or str(wanted).lower() == "false":
+        _check_earlier_run(args)
         return ResumePlan()
     log = args.process_index == 0
     folder = checkpoints.find(str(args.output_dir), wanted, log)
     _check_agreed(folder)
     if folder is None:
+        _check_earlier_run(args)
+        if log:
+            logger.warning("%s holds no checkpoint to resume from yet: starting afresh", args.output_dir)
         return ResumePlan()
     _check_identity(folder, identity)
     _check_rows(folder, args)
@@ -84,14 +89,8 @@ def _check_agreed(folder: Path | None) -> None:
         )
 
 
-def check_earlier_run(args: FlowConfig, plan: ResumePlan) -> None:
-    """Raise FileExistsError when a run that starts afresh would overwrite an earlier one.
-
-    ``resume_from_checkpoint: true`` without a checkpoint starts afresh, with a warning: so does a run that is started
-    again after it died early.
-    """
-    if plan.folder is not None:
-        return
+def _check_earlier_run(args: FlowConfig) -> None:
+    """Raise FileExistsError when a run that starts afresh would overwrite an earlier one."""
     output_dir = Path(str(args.output_dir))
     saved = checkpoints.list_all(output_dir)
     left = [saved[0].name] if saved else [name for name in FINISHED if (output_dir / name).exists()]
@@ -101,8 +100,6 @@ def check_earlier_run(args: FlowConfig, plan: ResumePlan) -> None:
             f"{output_dir} holds {left[0]} of an earlier run: pass {go_on}--overwrite_output_dir true to "
             "start afresh, or another --output_dir"
         )
-    if args.resume_from_checkpoint and str(args.resume_from_checkpoint).lower() != "false" and args.process_index == 0:
-        logger.warning("%s holds no checkpoint to resume from yet: starting afresh", output_dir)
 
 
 def clear_earlier_run(output_dir: str | Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from transformers import TrainingArguments
 
-from align.parallel.sharding import keep_zero3_from_loading
+from align.parallel.sharding import check_launch, keep_zero3_from_loading
 from align.sampling.rollout import SamplingPlan
 
 
@@ -126,6 +126,7 @@ class FlowConfig(TrainingArguments):
     def __post_init__(self) -> None:
         check_settings(self)
         super().__post_init__()
+        check_launch(self)
         keep_zero3_from_loading()
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie inside (0, 1), found {self.ema_decay}")

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import TrainerCallback, set_seed
 
 from align.engine import checkpoints, reports
+from align.engine.checks import check_memory
 from align.engine.metrics import RunMetrics
-from align.engine.resume import ResumePlan, plan_resume, run_identity
+from align.engine.resume import ResumePlan, clear_earlier_run, plan_resume, run_identity
 from align.engine.saving import CheckpointingTrainer, HandedOn
 from align.engine.settings import FlowConfig
 from align.engine.signals import InterruptCallback
@@ -80,9 +81,10 @@ class FlowTrainer(CheckpointingTrainer):
         check_columns(self.rewards, [*prompts, *self.guard_datasets.values()])
         self.check_data(args, train_dataset)
         args.check_evaluation(eval_prompts is not None or eval_dataset is not None)
-        deferred = Deferred.of(model)
+        deferred = Deferred.of(model, peft_config)
         deferred.outline.latent_shape(args.height, args.width)
         check_zero(args, peft_config is not None or deferred.outline.adapter)
+        check_memory(deferred, args)
         self.flow = model = deferred.load()
         self.metrics = RunMetrics(self.phases)
         self.handed_on = HandedOn()
@@ -131,6 +133,8 @@ class FlowTrainer(CheckpointingTrainer):
         if not isinstance(plan, ResumePlan):
             plan = plan_resume(self.args, self.identity(), plan)
         self.handed_on.resume = plan
+        if plan.folder is None and self.args.should_save:
+            clear_earlier_run(str(self.args.output_dir))
         if self.ema:
             self.ema.resumed_from = plan.folder
         try:

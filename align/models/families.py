@@ -70,16 +70,21 @@ def outline(name: str | Path, lora: LoraConfig | None = None, adapter: str | Pat
 
 @dataclass(frozen=True)
 class Deferred:
-    """A model that is loaded when everything has been checked against its outline."""
+    """A model that is loaded when everything has been checked against its outline.
+
+    dtype: of the weights that will be read; None for a model that is loaded already. offload: see :func:`load_model`.
+    """
 
     outline: FlowModel
     load: Callable[[], FlowModel]
+    dtype: torch.dtype | None = None
+    offload: bool = False
 
     @classmethod
-    def of(cls, model: "FlowModel | str | Deferred") -> "Deferred":
-        """Defer a model by its name; a loaded one is its own outline."""
+    def of(cls, model: "FlowModel | str | Deferred", lora: LoraConfig | None = None) -> "Deferred":
+        """Defer a model by its name, on which ``lora`` will be trained; a loaded one is its own outline."""
         if isinstance(model, Deferred):
             return model
         if isinstance(model, str):
-            return cls(outline(model), lambda: load_model(model))
+            return cls(outline(model, lora), lambda: load_model(model), torch.float32)
         return cls(model, lambda: model)

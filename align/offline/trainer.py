@@ -45,7 +45,7 @@ class OfflineTrainer(FlowTrainer):
         on_bad_row: str = "error",
         **others: Any,
     ) -> None:
-        model = Deferred.of(model)
+        model = Deferred.of(model, others.get("peft_config"))
         cell = model.outline.cell
         buckets = make_buckets(args.bucket_resolution(cell), cell, args.max_aspect_ratio)
         super().__init__(model, args, None, eval_dataset, **others)

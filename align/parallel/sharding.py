@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO under a trainer: what it cannot do, gathering what is trained, the checkpoints of its engine."""
+"""The launcher's processes and DeepSpeed's ZeRO: what they cannot do, gathering what is trained, engine checkpoints."""
 
 import json
 import logging
@@ -35,6 +35,26 @@ def keep_zero3_from_loading() -> None:
     The text encoder and the rewards' models are not sharded; the transformer is when training begins.
     """
     unset_hf_deepspeed_config()
+
+
+def check_launch(args: TrainingArguments) -> None:
+    """Raise ValueError for FSDP, and when the launcher's processes did not find each other; warn when there is only one."""
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError(
+            "the launcher asks for FSDP, under which these trainers cannot save what they train: to shard the model, "
+            "launch with configs/accelerate/zero2.yaml or zero3.yaml"
+        )
+    if "WORLD_SIZE" not in os.environ and os.environ.keys() >= {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"}:
+        logger.warning(
+            "the launcher started one process, although it was told of more: without an accelerator, accelerate starts "
+            "several only by a config: --config_file configs/accelerate/ddp.yaml"
+        )
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked != args.world_size:
+        raise ValueError(
+            f"the launcher started {asked} processes, but this one sees a world of {args.world_size}: without an "
+            "accelerator, add --use_cpu true --ddp_backend gloo"
+        )
 
 
 def check_zero(args: Any, adapter: bool) -> None:

@@ -16,7 +16,6 @@ from align.cli.arguments import (
     plain_errors,
     resolve_dataset,
 )
-from align.cli.checks import check_launch
 from align.cli.configs import find_config, shipped
 from align.grpo import DataArguments, GRPOConfig
 from align.models.families import outline
@@ -329,25 +328,6 @@ def test_a_resolution_that_does_not_divide_names_the_nearest(height, width, mess
 
 
 # --- Embedded data ---
-
-
-def test_processes_that_did_not_find_each_other_are_refused(monkeypatch):
-    args = GRPOConfig(use_cpu=True)
-    check_launch(args)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"started 2 processes, but this one sees a world of 1: .*--ddp_backend gloo"):
-        check_launch(args)
-
-
-def test_a_launcher_that_starts_one_process_of_several_is_told_on(monkeypatch, caplog):
-    """`accelerate launch --num_processes 2` without a config, on a machine without accelerators."""
-    args = GRPOConfig(use_cpu=True)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    check_launch(args)
-    assert not caplog.text
-    monkeypatch.setenv("MASTER_PORT", "29500")
-    check_launch(args)
-    assert "one process, although it was told of more" in caplog.text and "--config_file configs/accel" in caplog.text
 
 
 def test_embedded_data_sets_are_found_by_name():

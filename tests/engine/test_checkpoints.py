@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from align import dpo_online, grpo
 from align.engine import reports
 from align.engine.checkpoints import MANIFEST, UNFINISHED, CheckpointError, fault, find, list_all, written
-from align.engine.resume import check_earlier_run, plan_resume
+from align.engine.resume import plan_resume
 from align.engine.settings import FlowConfig
 from align.grpo import GRPOConfig, GRPOTrainer
 from align.models.families import load_model
@@ -122,11 +122,10 @@ def test_nothing_to_resume_is_a_fresh_start_and_a_missing_path_an_error(tmp_path
     config = FlowConfig(str(tmp_path), resume_from_checkpoint="true", use_cpu=True)
     plan = plan_resume(config, {}, "true")
     assert plan.folder is None
-    check_earlier_run(config, plan)
     assert "holds no checkpoint to resume from yet: starting afresh" in caplog.text
     (tmp_path / "trainer_state.json").write_text("{}")
     with pytest.raises(FileExistsError, match=r"holds trainer_state\.json of an earlier run"):
-        check_earlier_run(config, plan)
+        plan_resume(config, {}, None)
 
 
 def test_what_a_crash_left_is_removed_and_what_lacks_only_its_name_gets_it(tmp_path):
@@ -180,10 +179,14 @@ def test_a_disk_that_fills_up_ends_the_run_and_spares_the_last_checkpoint(tmp_pa
     """The whole path through torch's and safetensors' own writers: no file of this process may grow past the limit."""
     import resource
 
-    run = trainer(tmp_path, max_steps=2, lora={"r": 16}, save_steps=2)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    make(tmp_path, 1)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+
+    class FillUp(TrainerCallback):
+        def on_save(self, *args, **kwargs):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+
+    run = trainer(tmp_path, max_steps=2, lora={"r": 16}, save_steps=1)
+    run.add_callback(FillUp())
     try:
         with pytest.raises(CheckpointError, match=r"checkpoint-2 could not be written by process 0 \(.*last good one"):
             run.train()

@@ -19,11 +19,18 @@ from launched import BIN, ROOT, finish, on_cpu, start
 from safetensors.torch import load_file
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from align.cli.checks import check_launch
 from align.dpo import DPOConfig
 from align.engine import checkpoints
 from align.engine.resume import _check_rows
-from align.parallel.sharding import SHARDING, TENSORS_ONLY, Sharding, check_zero, sharded_otherwise, tensors_only
+from align.parallel.sharding import (
+    SHARDING,
+    TENSORS_ONLY,
+    Sharding,
+    check_launch,
+    check_zero,
+    sharded_otherwise,
+    tensors_only,
+)
 from align.sft import SFTConfig
 from align.tiny import CHECKPOINT
 
@@ -420,6 +427,25 @@ def test_another_global_batch_is_refused_with_values_that_would_do(settings, tmp
     assert f"x 1 processes = 8 rows an update, and it was {then} when" in str(caught.value)
     (tmp_path / checkpoints.MANIFEST).write_text(json.dumps({"run": {"fixed_on_resume": {"rows_per_update": 8}}}))
     _check_rows(tmp_path, args)
+
+
+def test_processes_that_did_not_find_each_other_are_refused(monkeypatch):
+    args = SFTConfig(use_cpu=True)
+    check_launch(args)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"started 2 processes, but this one sees a world of 1: .*--ddp_backend gloo"):
+        check_launch(args)
+
+
+def test_a_launcher_that_starts_one_process_of_several_is_told_on(monkeypatch, caplog):
+    """`accelerate launch --num_processes 2` without a config, on a machine without accelerators."""
+    args = SFTConfig(use_cpu=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    check_launch(args)
+    assert not caplog.text
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    check_launch(args)
+    assert "one process, although it was told of more" in caplog.text and "--config_file configs/accel" in caplog.text
 
 
 def test_fsdp_is_refused_with_what_there_is_instead(settings, monkeypatch):

@@ -10,12 +10,13 @@ from diffusers import QwenImageTransformer2DModel
 from launched import BIN, GLOO, ROOT, start
 from peft import LoraConfig
 
-from align.cli import checks
 from align.cli.arguments import ModelArguments
-from align.cli.checks import check_memory, setup_of
+from align.cli.launch import defer_model
 from align.dpo import DPOConfig
+from align.engine import checks
+from align.engine.checks import check_memory, setup_of
 from align.grpo import GRPOConfig
-from align.models.families import outline
+from align.models.families import Deferred, outline
 from align.models.qwen_image import QwenImage
 from align.parallel.memory import (
     GIB,
@@ -25,7 +26,7 @@ from align.parallel.memory import (
     check_fits,
     memory_use,
 )
-from align.sft import SFTConfig
+from align.sft import SFTConfig, SFTTrainer
 from align.tiny import CHECKPOINT
 
 #: Numbers that are easy to reckon with: 1000 parameters, all or 10 of them trained.
@@ -223,23 +224,29 @@ def test_processes_of_one_machine_share_what_they_do_not_train():
 
 def test_the_setup_is_read_from_the_arguments(tmp_path):
     common = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
-    full, lora = ModelArguments(use_peft=False, offload=True), ModelArguments(dtype="bfloat16")
+    full = defer_model(ModelArguments(use_peft=False, offload=True))
+    lora = defer_model(ModelArguments(dtype="bfloat16"))
     found = setup_of(full, DPOConfig(**common, ema_decay=0.9))
     assert found == Setup(half=False, reference=True, average=True, offload=True)
     assert setup_of(lora, GRPOConfig(**common)) == Setup(dtype=2, half=False)
     assert setup_of(lora, GRPOConfig(**common, beta=0.1)).reference
     assert setup_of(lora, SFTConfig(**common, optim="adafactor")).moments == 0
+    assert Deferred.of("tiny", ModelArguments().peft_config()).outline.adapter
 
 
 def test_the_tiny_model_fits_and_the_check_can_be_left_out(tmp_path, true_folder, monkeypatch):
     common = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
-    fits = outline("tiny", ModelArguments().peft_config()).parameter_counts()
-    check_memory(fits, ModelArguments(), SFTConfig(**common))
-    large = outline(true_folder, ModelArguments().peft_config()).parameter_counts()
+    check_memory(defer_model(ModelArguments()), SFTConfig(**common))
+    large = defer_model(ModelArguments(model=str(true_folder)))
     monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: type("Little", (), {"available": GIB}))
     with pytest.raises(ValueError, match=r"a LoRA of this transformer of 20\.5e9 .* on this machine"):
-        check_memory(large, ModelArguments(), SFTConfig(**common))
-    check_memory(large, ModelArguments(), SFTConfig(**common, check_memory=False))
+        check_memory(large, SFTConfig(**common))
+    with pytest.raises(
+        ValueError, match=r"a LoRA of this transformer of 20\.5e9 .* on this machine"
+    ):  # and from Python
+        SFTTrainer(str(true_folder), SFTConfig(**common), [], peft_config=ModelArguments().peft_config())
+    check_memory(large, SFTConfig(**common, check_memory=False))
+    check_memory(Deferred.of(large.outline), SFTConfig(**common))  # what is loaded has had its memory
 
 
 @pytest.mark.parametrize("launch", [[sys.executable], [BIN / "torchrun", "--standalone", "--nproc_per_node", "2"]])
