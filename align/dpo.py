@@ -11,7 +11,7 @@ Deviations from the report:
 - errors are means over latent dimensions, as in Diffusion-DPO's code, so that published values of beta (2000 to 5000 on
   large models) carry over; the report's norms are sums, whose beta is smaller by the number of dimensions;
 - an SFT term on the chosen image can be added (``sft_weight``), against both errors rising together, as TRL's
-  ``rpo_alpha`` does for text;
+  loss type ``sft`` does for text;
 - noise levels are logit-normal and shifted, as in SFT; the report does not say how it draws them.
 """
 

@@ -14,15 +14,16 @@ One rollout, read top to bottom in :class:`NFTTrainer`:
 
 Names: the paper's beta, b above, is ``nft_beta``, for ``beta`` is the weight of the KL to the reference, as in GRPO.
 
-The first update on a rollout has v_theta = v_old, and then the gradient is that of A times the (weighted) flow-matching
-error, whatever ``nft_beta``; what follows is drawn back to v_old the more strongly the larger it is. With one update a
-rollout and no memory (``sampling_decay_rate: 0``) every update is a first one, and v_old costs no forward of its own.
+Where v_theta = v_old, the gradient is that of A times the (weighted) flow-matching error, whatever ``nft_beta``; away from
+there v_theta is drawn back to v_old, the more strongly the larger ``nft_beta`` is. Without memory
+(``sampling_decay_rate: 0``) the first update on a rollout has v_theta = v_old. With one update a rollout every update is
+then a first one, and v_old costs no forward of its own.
 
 Deviations from the paper and its code:
 
 - a group whose rewards are all equal (r = 1/2), and an image without a score, are not run through the model, as in GRPO;
-  the mean is still taken over all images, those counting 0. In an update with v_theta = v_old they have no gradient
-  anyway; in later ones they would draw v_theta back to v_old;
+  the mean is still taken over all images, those counting 0. Where v_theta = v_old the policies' errors give them no
+  gradient anyway; elsewhere they would draw v_theta back to v_old, and with ``beta`` above 0 to the reference;
 - v_old is taken when the images are drawn, at the very points that are trained on, so that the two sets of weights are
   never swapped in the loss; several passes over a rollout see the same points;
 - advantages are divided by the group's standard deviation by default (``scale_rewards: batch`` is the paper's);
