@@ -217,20 +217,24 @@ def test_reward_rises_when_the_reward_is_easy(tmp_path):
 # --- Checkpoints ---
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 4])
-def test_resume_is_bit_exact_between_and_within_rollouts(tmp_path, at):
-    """Four updates on each rollout: two passes of two."""
-    common = {
-        "num_iterations": 2,
-        "per_device_train_batch_size": 2,
-        "max_steps": 6,
-        "save_strategy": "steps",
-        "save_steps": at,
-        "rewards": [some_scored] if at == 3 else [brightness],
-    }
-    straight = trainer(tmp_path / "straight", **common)
-    straight.train()
-    folder = tmp_path / "straight" / f"checkpoint-{at}"
+#: Four updates on each rollout: two passes of two.
+SIX = {"num_iterations": 2, "per_device_train_batch_size": 2, "max_steps": 6}
+SIX |= {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 6}
+
+
+@pytest.fixture(scope="module", params=[brightness, some_scored])
+def straight(request, tmp_path_factory):
+    """An undisturbed run of six updates, and what it was made with."""
+    common = SIX | {"rewards": [request.param]}
+    run = trainer(tmp_path_factory.mktemp("straight"), **common)
+    run.train()
+    return run, common
+
+
+@pytest.mark.parametrize("at", [1, 3, 4])
+def test_resume_is_bit_exact_between_and_within_rollouts(tmp_path, straight, at):
+    straight, common = straight
+    folder = Path(straight.args.output_dir) / f"checkpoint-{at}"
     assert (folder / "pairs.safetensors").exists() == (at < 4)
     resumed = trainer(tmp_path / "resumed", **common)
     resumed.train(resume_from_checkpoint=str(folder))

@@ -314,20 +314,23 @@ def test_reward_rises_when_the_reward_is_easy(tmp_path):
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
+#: Two updates on each rollout.
+FOUR = {"num_iterations": 2, "max_steps": 4, "ema_decay": 0.8, "beta": 0.01}
+FOUR |= {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 4}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """An undisturbed run of four updates."""
+    run = trainer(tmp_path_factory.mktemp("straight"), **FOUR)
+    run.train()
+    return run
+
+
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_resume_is_bit_exact_between_and_within_rollouts(tmp_path, at):
-    settings = {
-        "num_iterations": 2,
-        "max_steps": 4,
-        "ema_decay": 0.8,
-        "beta": 0.01,
-        "save_strategy": "steps",
-        "save_steps": at,
-    }
-    straight = trainer(tmp_path / "straight", **settings)
-    straight.train()
-    resumed = trainer(tmp_path / "resumed", **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{at}"))
+def test_resume_is_bit_exact_between_and_within_rollouts(tmp_path, straight, at):
+    resumed = trainer(tmp_path / "resumed", **FOUR)
+    resumed.train(resume_from_checkpoint=f"{straight.args.output_dir}/checkpoint-{at}")
     assert largest_difference(weights(straight), weights(resumed)) == 0
     assert history(straight, "loss") == history(resumed, "loss")
     # The count goes on too; the resumed process passes the gate of 16 forwards once more, at its first own rollout.

@@ -264,15 +264,26 @@ def test_full_fine_tune_trains_and_exports_a_transformer_that_stock_diffusers_lo
 # --- Checkpoints ---
 
 
+#: Two updates on each rollout.
+FIVE = {"per_device_train_batch_size": 16, "max_steps": 5, "save_strategy": "steps", "save_steps": 1}
+FIVE |= {"learning_rate": 1e-2, "save_total_limit": 5}
+
+
+@pytest.fixture(scope="module", params=[(0.0, brightness), (0.3, some_scored)], ids=["no-memory", "memory"])
+def straight(request, tmp_path_factory):
+    """An undisturbed run of five updates, and what it was made with."""
+    decay, reward = request.param
+    common = FIVE | {"sampling_decay_rate": decay, "rewards": [reward]}
+    run = trainer(tmp_path_factory.mktemp("straight"), **common)
+    run.train()
+    return run, common
+
+
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
-@pytest.mark.parametrize("decay", [0.0, 0.3])
-def test_resume_is_bit_exact_between_and_within_rollouts(tmp_path, at, decay):
-    """Two updates on each rollout; the sampling policy and the velocities it left are those of the straight run."""
-    common = {"per_device_train_batch_size": 16, "max_steps": 5, "save_strategy": "steps", "save_steps": at}
-    common |= {"sampling_decay_rate": decay, "learning_rate": 1e-2, "rewards": [some_scored if at == 3 else brightness]}
-    straight = trainer(tmp_path / "straight", **common)
-    straight.train()
-    folder = tmp_path / "straight" / f"checkpoint-{at}"
+def test_resume_is_bit_exact_between_and_within_rollouts(tmp_path, straight, at):
+    """The sampling policy, and the velocities it left, are those of the straight run."""
+    straight, common = straight
+    decay, folder = common["sampling_decay_rate"], Path(straight.args.output_dir) / f"checkpoint-{at}"
     assert (folder / "rollout-0-of-1.safetensors").exists() == bool(at % 2)
     assert (folder / SAMPLING_POLICY).exists() == (decay > 0)
     resumed = trainer(tmp_path / "resumed", **common)

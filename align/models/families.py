@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig
 
 from align.models.contract import FlowModel
-from align.models.loading import describe_transformer, nearest, resolve_folder
+from align.models.loading import check_weights, describe_transformer, nearest, resolve_folder
 
 #: The pipeline's class, as ``model_index.json`` says it, to its adapter: a class with ``load`` and ``outline``.
 FAMILIES = {"QwenImagePipeline": "align.models.qwen_image:QwenImage"}
@@ -46,7 +46,9 @@ def load_model(name: str | Path, dtype: torch.dtype = torch.float32, offload: bo
         ValueError: no family has this kind of pipeline.
     """
     folder = resolve_folder(name)
-    return family(folder).load(folder, dtype, offload, describe_transformer(str(name), folder))
+    adapter = family(folder)
+    check_weights(folder)
+    return adapter.load(folder, dtype, offload, describe_transformer(str(name), folder))
 
 
 def outline(name: str | Path, lora: LoraConfig | None = None, adapter: str | Path | None = None) -> FlowModel:

@@ -82,6 +82,19 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
+def check_weights(folder: Path) -> None:
+    """Raise FileNotFoundError, naming the file, for a module of a model's folder whose weights are not all there."""
+    for module in _modules(folder):
+        if not (folder / module / "config.json").is_file():
+            continue  # a tokenizer or a scheduler
+        for index in (folder / module).glob("*.safetensors.index.json"):
+            for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+                if not (folder / module / name).is_file():
+                    raise FileNotFoundError(f"model folder {folder} lacks {module}/{name}, which {index.name} lists")
+        if not any((folder / module).glob("*.safetensors")):
+            raise FileNotFoundError(f"model folder {folder} has no weights (*.safetensors) in {module}")
+
+
 #: Bytes of a weight file that are looked at to tell a model by: this many, at as many places.
 _LOOKED_AT = (4096, 64)
 

@@ -1,10 +1,15 @@
 """Runs as a user starts them: real processes, in a folder of their own."""
 
 import os
+import runpy
 import subprocess
 import sys
+from contextlib import chdir, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
+import torch
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +37,23 @@ def finish(process: subprocess.Popen, timeout: float = 300) -> str:
 
 def run(folder: Path, *words: object) -> str:
     return finish(start(folder, *words))
+
+
+def here(folder: Path, door: Path, *words: object) -> str:
+    """What a door printed that ran by its path in this process, on one thread, as a process of :func:`start` does.
+
+    It spares the imports, of which most tests learn nothing: they take longer than a short run.
+    """
+    printed, threads, argv = StringIO(), torch.get_num_threads(), sys.argv
+    torch.set_num_threads(1)
+    sys.argv = [str(word) for word in (door, *words)]
+    try:
+        with chdir(folder), redirect_stdout(printed), patch.dict(os.environ):  # which a run's arguments write to
+            runpy.run_path(str(door), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+        sys.argv = argv
+    return printed.getvalue()
 
 
 def on_cpu(launcher: Path, folder: Path, processes: int = 2, port: int = 0) -> list[object]:

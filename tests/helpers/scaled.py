@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
-from launched import ROOT, finish, on_cpu, run, start
+from launched import ROOT, finish, here, on_cpu, run, start
 from safetensors.torch import load_file
 
 from align.tiny import CHECKPOINT
@@ -119,7 +119,7 @@ def make_pairs(folder: Path) -> None:
     """Preferences for DPO, in ``folder``/pairs."""
     config = ("--config", ROOT / "configs/tiny/generate.yaml", "--max_prompts", "6", "--num_generations", "4")
     words = (*config, "--num_inference_steps", "3", *REWARD, "--use_cpu", "true", "--output_dir", "pairs")
-    run(folder, sys.executable, ROOT / "align/generate.py", *words)
+    here(folder, ROOT / "align/generate.py", *words)
 
 
 #: What fine-tunes the whole transformer.
@@ -155,21 +155,24 @@ def train(
 ) -> Run:
     """``algorithm`` on one process, or under a shipped launcher config, on two if not said otherwise."""
     count = processes or (1 if launcher is None else 2)
-    begin: list[object] = [sys.executable]
-    if launcher is not None:
-        begin = on_cpu(ROOT / f"configs/accelerate/{launcher}.yaml", folder, count)
-    output = run(folder, *begin, *words(folder, algorithm, launcher, out, count, more))
-    return Run(folder / out, output)
+    found = words(folder, algorithm, launcher, out, count, more)
+    if launcher is None:
+        return Run(folder / out, here(folder, *found))
+    return Run(folder / out, run(folder, *on_cpu(ROOT / f"configs/accelerate/{launcher}.yaml", folder, count), *found))
 
 
 def resume(
     folder: Path, algorithm: str, launcher: str | None, whole: Run, *more: object, processes: int | None = None
 ) -> Run:
     """Go on from the first checkpoint of ``whole``, on as many processes as :func:`train` or on others."""
-    first = ("--save_strategy", "no", "--resume_from_checkpoint", f"{whole.folder.name}/checkpoint-1")
     # The same folder may be resumed from in several ways.
     out = f"{whole.folder.name}-on-{launcher or 'one'}-{processes or ''}"
-    return train(folder, algorithm, launcher, out, *first, *more, processes=processes)
+    return train(folder, algorithm, launcher, out, *from_first(whole.folder.name), *more, processes=processes)
+
+
+def from_first(out: str) -> tuple[object, ...]:
+    """The words that go on from the first checkpoint of the run in ``out``."""
+    return ("--save_strategy", "no", "--resume_from_checkpoint", f"{out}/checkpoint-1")
 
 
 def chain(folder: Path, launcher: str | None, runs: list[list[object]], processes: int) -> dict[str, str]:

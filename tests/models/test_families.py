@@ -40,6 +40,24 @@ def test_a_module_that_the_index_leaves_empty_is_not_missed(tmp_path):
     assert outline(tmp_path / "model").cell == 16
 
 
+def test_weights_that_were_not_all_downloaded_are_named(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(CHECKPOINT, model)
+    (file,) = (model / "transformer").glob("*.safetensors")
+    file.rename(file.with_name("part-1.safetensors"))
+    index = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}
+    (model / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        FileNotFoundError, match=r"model lacks transformer/part-2\.safetensors, which diffusion_pytorch_"
+    ):
+        load_model(model)
+    for file in (model / "vae").glob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+    (model / "transformer/part-2.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match=r"model has no weights \(\*\.safetensors\) in vae"):
+        load_model(model)
+
+
 @pytest.mark.parametrize("lora", [None, LoraConfig(r=4, lora_alpha=8)])
 def test_an_outline_says_of_a_model_what_the_loaded_one_does(lora):
     sketch, model = outline("tiny", lora), load_model("tiny")

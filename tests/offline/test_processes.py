@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from launched import GLOO, ROOT, TWO, finish, run, start
+from launched import GLOO, ROOT, TWO, finish, here, start
 from safetensors.torch import load_file
 
 from align.tiny import IMAGES
@@ -206,7 +206,7 @@ def test_a_signal_keeps_the_rows_and_the_same_command_goes_on(both, tmp_path):
         left = int(said[1]) if said else 0
         assert before - left in (4, 6)  # the next batch may have been begun meanwhile, and is then finished
         assert len(rows_of(tmp_path / "cut/train")) == 12 - left  # of which the last ones fill no file
-    output = run(tmp_path, *command)
+    output = here(tmp_path, *command[1:])
     assert f"{left} prompts x 4 images in" in output and f"{12 - left} prompts were there already" in output
     assert "interrupted" not in output
     assert rows_of(tmp_path / "cut/train") == rows_of(both / "one/pairs/train")

@@ -81,31 +81,46 @@ def check_resumed(whole: scaled.Run, rest: scaled.Run) -> None:
     assert scaled.largest_difference(whole.lora, rest.lora) == 0
 
 
-@pytest.mark.parametrize("launcher", ["zero2", "zero3"])
-def test_grpo_on_two_processes_is_the_run_of_one_and_resumes_and_exports(folder, alone, launcher):
-    one = alone("grpo")
-    two = scaled.train(folder, "grpo", launcher, f"grpo-{launcher}")
-    check_equal(one, two)
-    first = two.log[0]
+def check_grpo(run: scaled.Run) -> None:
+    """What its log and its first checkpoint say."""
+    first = run.log[0]
     assert first["ratio_deviation_at_start"] == 0 and first["ratio_min"] == first["ratio_max"] == 1
-    assert first["kl_total"] == 0 < two.log[1]["kl_total"]  # the reference is the model without its adapter
-    check_export(two)
-    checkpoint = two.folder / "checkpoint-1"
+    assert first["kl_total"] == 0 < run.log[1]["kl_total"]  # the reference is the model without its adapter
+    checkpoint = run.folder / "checkpoint-1"
     base = (ROOT / "align/tiny/checkpoint/transformer/diffusion_pytorch_model.safetensors").stat().st_size
     assert sum(f.stat().st_size for f in checkpoint.glob("global_step1/*model_states.pt")) < base / 4
-    check_resumed(two, scaled.resume(folder, "grpo", launcher, two))
     assert {f.stat().st_mode & 0o022 for f in checkpoint.rglob("*")} == {0}  # for others to write into
     with tensors_only():  # all of it passes, and a bomb does not
         for file in checkpoint.glob("global_step1/*.pt"):
             assert torch.load(file, weights_only=False)
 
 
-NOT_SLOW = [("grpo", "zero2"), ("grpo", "zero3")]  # in the test above
-SLOW = [pair for pair in product(scaled.ALGORITHMS, scaled.LAUNCHERS) if pair not in NOT_SLOW]
+def test_grpo_on_two_processes_is_the_run_of_one_and_resumes_and_exports(folder, alone):
+    """Under ZeRO-3. One launch does both, which spares a second one; the slow tests resume in processes of their own."""
+    whole = scaled.words(folder, "grpo", "zero3", "grpo-zero3", 2)
+    rest = scaled.words(folder, "grpo", "zero3", "grpo-rest", 2, scaled.from_first("grpo-zero3"))
+    assert scaled.chain(folder, "zero3", [whole, rest], 2) == {}
+    two = scaled.Run(folder / "grpo-zero3")
+    check_equal(alone("grpo"), two)
+    check_export(two)
+    check_grpo(two)
+    check_resumed(two, scaled.Run(folder / "grpo-rest"))
+
+
+def test_a_run_of_two_processes_goes_on_on_one(folder, alone):
+    """Under ZeRO-2, in the middle of a rollout."""
+    two = scaled.train(folder, "grpo", "zero2", "grpo-zero2")
+    check_equal(alone("grpo"), two)
+    check_export(two)
+    check_grpo(two)
+    assert (two.folder / "checkpoint-1/rollout-1-of-2.safetensors").is_file()
+    rest = scaled.resume(folder, "grpo", "zero2", two, processes=1)
+    check_moved(two, rest)
+    assert "ZeRO-2 on 2 processes, and this run is under DeepSpeed ZeRO-2 on 1" in rest.output
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("algorithm", "launcher"), SLOW)
+@pytest.mark.parametrize(("algorithm", "launcher"), product(scaled.ALGORITHMS, scaled.LAUNCHERS))
 def test_every_algorithm_under_every_launcher(folder, alone, algorithm, launcher):
     one = alone(algorithm)
     two = scaled.train(folder, algorithm, launcher, f"{algorithm}-{launcher}")
@@ -171,17 +186,10 @@ def check_moved(whole: scaled.Run, rest: scaled.Run) -> None:
     assert scaled.largest_difference(whole.trained(1), whole.trained(scaled.UPDATES)) > 10 * TOLERANCE
 
 
-def test_a_run_of_two_processes_goes_on_on_one(folder):
-    whole = scaled.train(folder, "grpo", "zero2", "moved", *ADAM)
-    assert (whole.folder / "checkpoint-1/rollout-1-of-2.safetensors").is_file()  # in the middle of a rollout
-    rest = scaled.resume(folder, "grpo", "zero2", whole, *ADAM, processes=1)
-    check_moved(whole, rest)
-    assert "ZeRO-2 on 2 processes, and this run is under DeepSpeed ZeRO-2 on 1" in rest.output
-
-
 #: (launcher, processes) before and after; without a launcher it is one process.
 MOVES = [
     (("zero2", 1), ("zero2", 2)),
+    (("zero2", 2), ("zero2", 1)),
     (("zero2", 2), ("zero2", 4)),
     (("zero3", 2), ("zero3", 1)),
     (("zero3", 1), ("zero3", 2)),
@@ -359,6 +367,7 @@ def test_code_planted_in_a_checkpoint_of_deepspeed_does_not_run(folder, launcher
 # --- What cannot be is said before a model is loaded ---
 
 
+@pytest.mark.slow
 def test_a_full_fine_tune_with_a_moving_average_ends_under_zero3_before_the_model_is_loaded(folder):
     launch = on_cpu(ROOT / "configs/accelerate/zero3.yaml", folder, processes=1)
     words = scaled.words(folder, "grpo", "zero3", "refused")
@@ -456,6 +465,7 @@ def test_fsdp_is_refused_with_what_there_is_instead(settings, monkeypatch):
         check_launch(args)
 
 
+@pytest.mark.slow
 def test_fsdp2_ends_before_the_model_is_loaded(tmp_path):
     launch = [BIN / "accelerate", "launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "1"]
     words = ["--config", ROOT / "configs/tiny/grpo.yaml", "--rewards", "jpeg_size", "--output_dir", "refused"]

@@ -1,13 +1,12 @@
 """The sums that are made before a model is loaded: by hand, by real models, and by DeepSpeed's own."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import true_size
 from diffusers import QwenImageTransformer2DModel
-from launched import BIN, GLOO, ROOT, start
+from launched import GLOO, ROOT, TWO, here, start
 from peft import LoraConfig
 
 from align.cli.arguments import ModelArguments
@@ -249,16 +248,23 @@ def test_the_tiny_model_fits_and_the_check_can_be_left_out(tmp_path, true_folder
     check_memory(Deferred.of(large.outline), SFTConfig(**common))  # what is loaded has had its memory
 
 
-@pytest.mark.parametrize("launch", [[sys.executable], [BIN / "torchrun", "--standalone", "--nproc_per_node", "2"]])
-def test_a_run_that_cannot_fit_ends_before_weights_are_looked_for(tmp_path, true_folder, launch):
+WITHOUT_WEIGHTS = [
+    *(ROOT / "align/grpo.py", "--config", ROOT / "configs/tiny/grpo.yaml", "--use_cpu", "true", "--use_peft", "false"),
+    *("--per_device_train_batch_size", "64", "--gradient_accumulation_steps", "2", "--output_dir", "out", "--model"),
+]
+
+
+def test_a_run_that_cannot_fit_ends_before_weights_are_looked_for(tmp_path, true_folder):
     """There are none: without the sum it would end at the first file it misses."""
-    words = [ROOT / "align/grpo.py", "--config", ROOT / "configs/tiny/grpo.yaml", "--model", true_folder]
-    words += ["--use_cpu", "true", "--use_peft", "false", "--output_dir", "out", *(GLOO if len(launch) > 1 else [])]
-    words += ["--per_device_train_batch_size", "64", "--gradient_accumulation_steps", "2"]
-    process = start(tmp_path, *launch, *words)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0 and "error: too little memory: a full fine-tune of this transformer" in output
+    with pytest.raises(SystemExit, match="error: too little memory: a full fine-tune of this transformer"):
+        here(tmp_path, *WITHOUT_WEIGHTS, true_folder)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match=r"error: model folder .* has no weights \(\*\.safetensors\) in text_encoder"):
+        here(tmp_path, *WITHOUT_WEIGHTS, true_folder, "--check_memory", "false")
+
+
+@pytest.mark.slow
+def test_two_processes_that_cannot_fit_end_before_weights_are_looked_for(tmp_path, true_folder):
+    output, _ = start(tmp_path, *TWO, *WITHOUT_WEIGHTS, true_folder, *GLOO).communicate(timeout=120)
+    assert "error: too little memory: a full fine-tune of this transformer" in output
     assert "safetensors" not in output and "Loading pipeline" not in output and not (tmp_path / "out").exists()
-    if len(launch) == 1:
-        output, _ = start(tmp_path, *launch, *words, "--check_memory", "false").communicate(timeout=120)
-        assert "too little memory" not in output and "safetensors" in output
