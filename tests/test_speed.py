@@ -6,8 +6,7 @@ from asking import ask
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from align.cli.arguments import ModelArguments
-from align.cli.checks import check_attention_backend
-from align.cli.launch import load_model
+from align.cli.launch import check_attention_backend, load_model
 from align.sampling.noise import seeded_noise
 
 
