@@ -53,6 +53,13 @@ def test_doors_are_run_by_name(words):
         main(words)
 
 
+@pytest.mark.parametrize("command", ["rewards", "rewards score", "rewards serve", "inspect"])
+def test_help_begins_with_the_command_that_is_typed(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: flow-align {command} ")
+
+
 def test_rewards_and_data_have_their_commands(capsys):
     main(["rewards", "list"])
     assert "brightness" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""``python -m rewards``: the listing, and scores from the shell."""
+"""``flow-align rewards``: the listing, and scores from the shell."""
 
 import json
 import os
