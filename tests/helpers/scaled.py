@@ -167,12 +167,21 @@ def resume(
     """Go on from the first checkpoint of ``whole``, on as many processes as :func:`train` or on others."""
     # The same folder may be resumed from in several ways.
     out = f"{whole.folder.name}-on-{launcher or 'one'}-{processes or ''}"
-    return train(folder, algorithm, launcher, out, *from_first(whole.folder.name), *more, processes=processes)
+    return train(folder, algorithm, launcher, out, *_from_first(whole.folder.name), *more, processes=processes)
 
 
-def from_first(out: str) -> tuple[object, ...]:
+def _from_first(out: str) -> tuple[object, ...]:
     """The words that go on from the first checkpoint of the run in ``out``."""
     return ("--save_strategy", "no", "--resume_from_checkpoint", f"{out}/checkpoint-1")
+
+
+def train_and_resume(folder: Path, algorithm: str, launcher: str, out: str, *more: object) -> tuple[Run, Run]:
+    """``algorithm`` on two processes, and the run that goes on from its first checkpoint, by one launch for both."""
+    whole = words(folder, algorithm, launcher, out, 2, more)
+    rest = words(folder, algorithm, launcher, f"{out}-rest", 2, [*_from_first(out), *more])
+    wrong = chain(folder, launcher, [whole, rest], 2)
+    assert not wrong, wrong
+    return Run(folder / out), Run(folder / f"{out}-rest")
 
 
 def chain(folder: Path, launcher: str | None, runs: list[list[object]], processes: int) -> dict[str, str]:

@@ -96,15 +96,12 @@ def check_grpo(run: scaled.Run) -> None:
 
 
 def test_grpo_on_two_processes_is_the_run_of_one_and_resumes_and_exports(folder, alone):
-    """Under ZeRO-3. One launch does both, which spares a second one; the slow tests resume in processes of their own."""
-    whole = scaled.words(folder, "grpo", "zero3", "grpo-zero3", 2)
-    rest = scaled.words(folder, "grpo", "zero3", "grpo-rest", 2, scaled.from_first("grpo-zero3"))
-    assert scaled.chain(folder, "zero3", [whole, rest], 2) == {}
-    two = scaled.Run(folder / "grpo-zero3")
+    """Under ZeRO-3."""
+    two, rest = scaled.train_and_resume(folder, "grpo", "zero3", "grpo-zero3")
     check_equal(alone("grpo"), two)
     check_export(two)
     check_grpo(two)
-    check_resumed(two, scaled.Run(folder / "grpo-rest"))
+    check_resumed(two, rest)
 
 
 def test_a_run_of_two_processes_goes_on_on_one(folder, alone):
@@ -123,23 +120,23 @@ def test_a_run_of_two_processes_goes_on_on_one(folder, alone):
 @pytest.mark.parametrize(("algorithm", "launcher"), product(scaled.ALGORITHMS, scaled.LAUNCHERS))
 def test_every_algorithm_under_every_launcher(folder, alone, algorithm, launcher):
     one = alone(algorithm)
-    two = scaled.train(folder, algorithm, launcher, f"{algorithm}-{launcher}")
+    two, rest = scaled.train_and_resume(folder, algorithm, launcher, f"every-{algorithm}-{launcher}")
     check_equal(one, two)
     check_export(two)
-    check_resumed(two, scaled.resume(folder, algorithm, launcher, two))
+    check_resumed(two, rest)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["ddp", "zero3"])
 def test_what_a_group_has_in_common_is_computed_once_on_two_processes_too(folder, launcher):
     one = scaled.train(folder, "grpo", None, f"grpo-prefix-{launcher}-one", "--num_prefixes", "2")
-    two = scaled.train(folder, "grpo", launcher, f"grpo-prefix-{launcher}", "--num_prefixes", "2")
+    two, rest = scaled.train_and_resume(folder, "grpo", launcher, f"grpo-prefix-{launcher}", "--num_prefixes", "2")
     check_equal(one, two)
     # An update's two parts may end within what images have in common, on each of two processes at a place of its own: what
     # is cut there is computed once more (forward 1, backward 2, reference 1). With nothing in common it were 16 an update.
     costs = zip(one.logged("forward_equivalents"), two.logged("forward_equivalents"), strict=True)
     assert all(-4 <= cost_two - cost <= 2 * 4 for cost, cost_two in costs)
-    check_resumed(two, scaled.resume(folder, "grpo", launcher, two, "--num_prefixes", "2"))
+    check_resumed(two, rest)
 
 
 #: What large models are trained in; without a GPU it has to be said that this is meant.
@@ -151,7 +148,7 @@ BFLOAT16 = ("--dtype", "bfloat16", "--bf16", "true", "--use_cpu", "true")
 @pytest.mark.parametrize("launcher", ["zero2", "zero3"])
 def test_bfloat16_is_trained_alike_resumes_exactly_and_exports(folder, algorithm, launcher):
     one = scaled.train(folder, algorithm, None, f"{algorithm}-{launcher}-bf16-one", *BFLOAT16)
-    two = scaled.train(folder, algorithm, launcher, f"{algorithm}-{launcher}-bf16", *BFLOAT16)
+    two, rest = scaled.train_and_resume(folder, algorithm, launcher, f"{algorithm}-{launcher}-bf16", *BFLOAT16)
     # GRPO's is a sum of advantages that cancel, times ratios near 1: what is left is of the order of their rounding.
     assert two.logged("loss") == pytest.approx(one.logged("loss"), rel=2e-2, abs=1e-4)
     assert two.logged("grad_norm") == pytest.approx(one.logged("grad_norm"), rel=2e-2)
@@ -161,7 +158,7 @@ def test_bfloat16_is_trained_alike_resumes_exactly_and_exports(folder, algorithm
     moved = scaled.largest_difference(one.trained(1), one.trained(scaled.UPDATES))
     assert scaled.largest_difference(single(one.lora), single(two.lora)) < moved / 5
     check_export(two)
-    check_resumed(two, scaled.resume(folder, algorithm, launcher, two, *BFLOAT16))
+    check_resumed(two, rest)
 
 
 def single(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -204,10 +201,24 @@ MOVES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    """``undisturbed(launcher, processes)``: a GRPO run with moments on them."""
+    runs: dict[tuple, scaled.Run] = {}
+
+    def once(launcher: str | None, processes: int) -> scaled.Run:
+        key, name = (launcher, processes), f"moved-{launcher}-{processes}"
+        if key not in runs:
+            runs[key] = scaled.train(folder, "grpo", launcher, name, *ADAM, processes=processes)
+        return runs[key]
+
+    return once
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), MOVES, ids=str)
-def test_a_run_goes_on_on_other_processes_and_under_another_launcher(folder, before, after):
-    whole = scaled.train(folder, "grpo", before[0], f"moved-{before}-{after}", *ADAM, processes=before[1])
+@pytest.mark.parametrize(("before", "after"), sorted(MOVES, key=str), ids=str)
+def test_a_run_goes_on_on_other_processes_and_under_another_launcher(folder, undisturbed, before, after):
+    whole = undisturbed(*before)
     check_moved(whole, scaled.resume(folder, "grpo", after[0], whole, *ADAM, processes=after[1]))
 
 
@@ -225,9 +236,8 @@ def test_the_moving_average_of_shared_out_weights(folder):
     """Exported is the average, which under ZeRO-3 is gathered for each step and put into the model's parts."""
     more = ("--ema_decay", "0.5")
     one = scaled.train(folder, "grpo", None, "average-one", *more)
-    two = scaled.train(folder, "grpo", "zero3", "average-zero3", *more)
+    two, rest = scaled.train_and_resume(folder, "grpo", "zero3", "average-zero3", *more)
     check_equal(one, two)
-    rest = scaled.resume(folder, "grpo", "zero3", two, *more)
     check_resumed(two, rest)
     assert scaled.largest_difference(two.loaded_by_stock(), load_file(two.folder / "checkpoint-3/ema.safetensors")) == 0
     assert scaled.largest_difference(two.loaded_by_stock(), two.trained(3)) > TOLERANCE
@@ -241,8 +251,7 @@ def test_a_full_fine_tune_of_shared_out_weights(folder, alone, algorithm, more, 
     alone(algorithm)  # DPO's pairs are made for it
     more, name = (*scaled.FULL, *more), f"full-{algorithm}{len(more)}"
     one = scaled.train(folder, algorithm, None, f"{name}-one", *more)
-    two = scaled.train(folder, algorithm, launcher, f"{name}-{launcher}", *more)
-    rest = scaled.resume(folder, algorithm, launcher, two, *more)
+    two, rest = scaled.train_and_resume(folder, algorithm, launcher, f"{name}-{launcher}", *more)
     moved = scaled.resume(folder, algorithm, None, two, *more)
     base = QwenImageTransformer2DModel.from_pretrained(CHECKPOINT / "transformer").state_dict()
     assert two.logged("loss") == pytest.approx(one.logged("loss"), abs=TOLERANCE)
@@ -269,10 +278,10 @@ def test_four_processes_are_as_one(folder, alone, algorithm, launcher):
 @pytest.mark.parametrize("launcher", ["zero2", "zero3", "zero3_offload"])
 def test_moments_that_are_shared_out_too(folder, launcher):
     one = scaled.train(folder, "grpo", None, "adam-one", *ADAM)
-    two = scaled.train(folder, "grpo", launcher, f"adam-{launcher}", *ADAM)
+    two, rest = scaled.train_and_resume(folder, "grpo", launcher, f"adam-{launcher}", *ADAM)
     assert scaled.largest_difference(one.lora, two.lora) < TOLERANCE
     assert scaled.largest_difference(one.trained(1), one.trained(scaled.UPDATES)) > 10 * TOLERANCE
-    check_resumed(two, scaled.resume(folder, "grpo", launcher, two, *ADAM))
+    check_resumed(two, rest)
 
 
 @pytest.mark.slow
