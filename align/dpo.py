@@ -79,7 +79,7 @@ class DPOConfig(DPOSettings, OfflineConfig):
 def dpo_errors(
     model: FlowModel, batch: MatchingBatch, policy: torch.nn.Module, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> tuple[Tensor, Tensor]:
-    """Return the (P, 2) errors of chosen and rejected image: the policy's, with gradient, and the reference's.
+    """Return two (P, 2) tensors of errors, chosen and rejected: the policy's, with gradient, and the reference's.
 
     ``policy``: the launcher's wrapper of the transformer. ``autocast``: the launcher's context for half precision.
     """

@@ -26,6 +26,7 @@ from align.cli.launch import defer_model
 from align.engine.settings import check_settings, plan_of, setting, values_of
 from align.engine.signals import Interrupt
 from align.models.contract import FlowModel
+from align.parallel.sharding import check_world_size
 from align.sampling.held_out import check_columns
 from align.sampling.noise import ImageKey
 from align.sampling.ranked import extra_columns, write_groups
@@ -89,10 +90,10 @@ def generate(
     process: tuple[int, int] = (0, 1),
     interrupt: Interrupt | None = None,
 ) -> int:
-    """Sample, score and write what ``writer`` has not yet of this process's rows; return how many it wrote.
+    """Sample, score and write this process's rows that ``writer`` lacks; return how many were written.
 
-    Rows are sampled in batches that neither the number of processes nor an interruption changes (what is there
-    already of a batch is sampled again, not written), and noise is keyed by seed, row and image: the same images always.
+    Rows are sampled in batches that neither the number of processes nor an interruption changes (rows of a batch that
+    exist already are sampled again, but not written again), and noise is keyed by seed, row and image: the same images always.
     Once ``interrupt`` has received a signal, no further batch is begun.
     """
     index, count = process
@@ -138,7 +139,7 @@ def generate(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Generate from a config; everything that can be known wrong is said before the model is loaded."""
+    """Generate from a config; every mistake that can be detected before the model loads is reported then."""
     with plain_errors():
         args, model_args = parse((GenerateArguments, ModelArguments), argv, "generate")
         args.check()
@@ -150,6 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         deferred = defer_model(model_args)
         deferred.outline.latent_shape(args.height, args.width)
         state = PartialState(cpu=args.use_cpu)
+        check_world_size(state.num_processes, "--use_cpu true")
         writer = RankedWriter(
             Path(args.output_dir) / args.dataset_split,
             shard=(state.process_index, state.num_processes),

@@ -151,7 +151,7 @@ class ImageSource:
 
     @contextmanager
     def _header(self) -> Iterator[Image.Image]:
-        """Give the encoded image with only its header read."""
+        """Open the encoded image, of which only the header is read."""
         self.check()
         file = self.path if self.path is not None else io.BytesIO(self.read())
         try:

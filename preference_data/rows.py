@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -149,17 +149,17 @@ class _Header(tarfile.TarInfo):
     """
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
-        """Read a header from a block, of 512 bytes.
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        """Read the next header of an archive.
 
         Raises:
-            tarfile.ReadError: if it is none.
+            tarfile.ReadError: there is none, nor the empty block.
         """
         try:
-            return super().frombuf(buf, encoding, errors)
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the empty block
+            raise
         except tarfile.HeaderError as error:
-            if not any(buf) and len(buf) == tarfile.BLOCKSIZE:
-                raise  # the end
             raise tarfile.ReadError(f"a member or the end of the archive is missing ({error})") from error
 
 

@@ -128,7 +128,7 @@ def parts(scene: Scene, spec: dict) -> dict[str, float]:
 
 
 def _is_exact(scene: Scene, spec: dict) -> bool:
-    """Whether everything said is right, and everything not said is valid."""
+    """Whether everything the prompt asks for is right, and everything else is valid."""
     return min(parts(scene, spec).values()) > 0.99
 
 
@@ -181,7 +181,7 @@ def preference(
 ) -> Callable[..., list[float | None]]:
     """Make a reward that prefers some values of an attribute that the prompt leaves open.
 
-    It is 1.0 if the attribute has one of the values and everything said is right, else 0.0; None if the prompt itself
+    It is 1.0 if the attribute has one of the values and everything the prompt asks for is right, else 0.0; None if the prompt itself
     says the attribute.
 
     Args:

@@ -553,7 +553,8 @@ def test_trackers_work_without_a_network(tmp_path, tracker, monkeypatch, offline
 
 
 def test_a_run_keeps_its_rollouts_as_a_ranked_data_set(tmp_path):
-    run = trainer(tmp_path, save_rollouts=True, max_steps=2)
+    run = trainer(tmp_path, save_rollouts=True, max_steps=2, overwrite_output_dir=True)
+    run.train()  # which the next one overwrites
     run.train()
     rows = list(read_preferences(tmp_path / "rollouts"))
     assert [len(row.images) for row in rows] == [4, 4, 4, 4]  # two rollouts of two groups

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from trl import TrlParser
 
 from align.cli.configs import find_config
-from align.engine.settings import setting
+from align.engine.settings import check_settings, setting
 from align.models.loading import nearest
 from align.tiny import IMAGES, PROMPTS
 
@@ -44,15 +44,16 @@ class ModelArguments:
         False, "torch.compile the transformer's repeated block: slower to start, faster to run."
     )
     use_peft: bool = setting(True, "Train a LoRA adapter; false fine-tunes the whole transformer.")
-    lora_r: int | None = setting(None, "Rank of the adapter. Default 16.")
+    lora_r: int | None = setting(None, "Rank of the adapter. Default 16.", least=1)
     lora_alpha: int | None = setting(None, "Scale of the adapter. Default twice the rank.")
     lora_dropout: float | None = setting(None, "Dropout inside the adapter. Default 0.")
     lora_target_modules: list[str] | None = setting(
-        None, "Linear layers to adapt. Default: the joint attention's eight."
+        None, "Linear layers to adapt. Default: those of the attention, as the model's family lists them."
     )
     adapter: str | None = setting(None, "Folder of a LoRA to start from (pytorch_lora_weights.safetensors).")
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is unknown." + nearest(self.dtype, set(DTYPES)))
         if not self.use_peft and self.dtype != "float32":
@@ -66,14 +67,12 @@ class ModelArguments:
                 raise ValueError(
                     f"use_peft: false asks for a full fine-tune and {given[0]!r} for an adapter: leave one of them out"
                 )
-        if self.lora_r is not None and self.lora_r < 1:
-            raise ValueError(f"lora_r must be at least 1, found {self.lora_r}")
         if self.adapter is not None:
             if not (Path(self.adapter) / LORA_FILE).is_file():
                 raise FileNotFoundError(f"adapter folder {self.adapter} has no {LORA_FILE}")
             for name in _LORA_FIELDS[1:]:
                 if getattr(self, name) is not None:
-                    logger.warning("%s is ignored: the adapter %s says its own", name, self.adapter)
+                    logger.warning("%s is ignored: the adapter %s defines it", name, self.adapter)
 
     def peft_config(self) -> LoraConfig | None:
         """Return the fresh adapter that these arguments ask for, if they do."""
@@ -105,6 +104,13 @@ def resolve_dataset(name: str) -> str:
 # -- parsing -----------------------------------------------------------------------------------------------------------
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each default, but for None: there the help says what happens, or the option must be given."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class OptionParser(TrlParser):
     """TRL's parser, whose help is grouped, this library's options before transformers', and whose errors are sentences.
 
@@ -116,7 +122,7 @@ class OptionParser(TrlParser):
         self.flags = {"config", "help"}
         self._titles = {name: title for kind in dataclass_types for name, title in _titles(kind).items()}
         self._groups: dict[str, Any] = {}
-        super().__init__(list(dataclass_types), allow_abbrev=False, **settings)
+        super().__init__(list(dataclass_types), allow_abbrev=False, formatter_class=_HelpFormatter, **settings)
         self.usage = "%(prog)s --config FILE_OR_NAME [--OPTION VALUE ...]"  # not a list of all of them
 
     def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:

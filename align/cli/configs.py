@@ -35,7 +35,7 @@ def find_config(name: str) -> Path:
 
 
 def first_sentence(config: Path) -> str:
-    """Return what a config says of itself in the first sentence of its header."""
+    """Return the first sentence of a config's header comment."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), config.read_text(encoding="utf-8").splitlines())
     return " ".join(line.strip("# ") for line in lines).split(". ")[0].rstrip(".") + "."
 

@@ -1,6 +1,6 @@
 """Data arguments of the trainers on their own samples: prompts, held-out prompts, guards."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,8 @@ def load_guards(names: list[str] | None, split: str) -> dict[str, Dataset]:
 class DataArguments:
     """Prompts and rewards."""
 
-    dataset_name: str = field(
-        metadata={"help": "Prompts: a file, a folder with train.jsonl, a hub name, or tiny/NAME."}
-    )
-    rewards: list[str] = field(metadata={"help": "Built-in names, module:attr or file.py:attr; mappings in a config."})
+    dataset_name: str = setting(MISSING, "Prompts: a file, a folder with train.jsonl, a hub name, or tiny/NAME.")
+    rewards: list[str] = setting(MISSING, "Built-in names, module:attr or file.py:attr; mappings in a config.")
     dataset_split: str = setting("train", "Split to train on.")
     eval_dataset_name: str | None = setting(None, "Held-out prompts. Default: none.")
     eval_split: str = setting("test", "Split of the held-out prompts and the guards.")

@@ -1,6 +1,7 @@
 """From a command line to a finished run: what the doors' ``main`` functions share."""
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,14 @@ from typing import Any
 from align.cli.arguments import DTYPES, ModelArguments, parse, plain_errors
 from align.engine import reports
 from align.engine.checkpoints import CheckpointError
-from align.engine.resume import ResumePlan, plan_resume, run_identity
-from align.engine.settings import values_of
+from align.engine.resume import ResumePlan, is_within, plan_resume, run_identity
+from align.engine.settings import FlowConfig, values_of
 from align.engine.trainer import FlowTrainer
 from align.models import families
 from align.models.contract import FlowModel
 from align.models.loading import nearest
+from rewards import Reward
+from rewards.weights import shown
 
 
 def load_model(arguments: ModelArguments) -> FlowModel:
@@ -46,25 +49,40 @@ def check_attention_backend(name: str | None) -> None:
 
 
 def run(data_type: type, config_type: type, trainer_type: type[Any], argv: list[str] | None) -> None:
-    """Train from a command line; everything that can be known wrong is said before the model is loaded."""
+    """Train from a command line; every mistake that can be detected before the model loads is reported then."""
     with plain_errors():
         door = trainer_type.__module__.rpartition(".")[2]
         data, model_args, args = parse((data_type, ModelArguments, config_type), argv, door)
-        args.fixed_beside, args.free_beside = settings_beside(data, model_args)
         inputs = data.load()
+        args.fixed_beside, args.free_beside = settings_beside(data, model_args, inputs["rewards"])
         model = defer_model(model_args)
         identity = run_identity(trainer_type.algorithm, model.outline.identity(), args)
         plan = plan_resume(args, identity, args.resume_from_checkpoint)
+        check_adapter_stays(model_args.adapter, args, plan)
         trainer = trainer_type(model, args=args, peft_config=model_args.peft_config(), **inputs)
         del inputs  # the trainer keeps what it needs of them
     settings = reports.changed_settings(data, model_args, args)
     train_and_finish(trainer, plan, model_args.model, data.dataset_name, settings)
 
 
-def settings_beside(data: Any, model: ModelArguments) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings of data and model that a resume must not change, and those of the data that it may."""
+def check_adapter_stays(adapter: str | None, args: FlowConfig, plan: ResumePlan) -> None:
+    """Raise ValueError for an adapter in ``output_dir``, which a run that starts afresh clears."""
+    if adapter is not None and plan.folder is None and is_within(adapter, args.output_dir):
+        raise ValueError(
+            f"the adapter {adapter} lies in output_dir {args.output_dir}, which a new run clears: pass another --output_dir"
+        )
+
+
+def settings_beside(
+    data: Any, model: ModelArguments, rewards: Sequence[Reward]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of data and model that a resume must not change, and those of the data that it may.
+
+    Of the rewards they have names and weights: the rest of an entry may hold a password.
+    """
     fixed = values_of(data, fixed_on_resume=True) | values_of(model, fixed_on_resume=True)
-    return fixed, values_of(data, fixed_on_resume=False)
+    named = [f"{reward.name} (weight {shown(reward.weight)})" for reward in rewards]
+    return fixed, values_of(data, fixed_on_resume=False) | {"rewards": named}
 
 
 def train_and_finish(

@@ -13,12 +13,13 @@ from accelerate.utils import gather_object
 import align
 from align.engine import checkpoints
 from align.engine.settings import FlowConfig, values_of
+from align.models.loading import INDEX
 from align.parallel.sharding import Sharding, sharded_otherwise
 
 logger = logging.getLogger(__name__)
 
-#: What a finished run leaves, besides a full fine-tune's folder and the pictures.
-FINISHED = ("pytorch_lora_weights.safetensors", "trainer_state.json")
+#: What a run leaves that ends with its weights exported: a LoRA or a full fine-tune, and its log.
+EXPORTED = ("pytorch_lora_weights.safetensors", "transformer", "trainer_state.json")
 #: Section of an identity: what decides what an update is made of.
 FIXED = "fixed_on_resume"
 #: In it: rows of all processes that an update sees. :func:`_check_rows` says what would make them the same.
@@ -74,6 +75,8 @@ def plan_resume(args: FlowConfig, identity: dict[str, dict[str, Any]], wanted: s
         return ResumePlan()
     _check_identity(folder, identity)
     _check_rows(folder, args)
+    if not is_within(folder, args.output_dir):
+        _check_earlier_run(args)
     if log:
         _log_changes(folder, identity)
     return ResumePlan(folder, sharded_otherwise(folder, args, log))
@@ -89,11 +92,18 @@ def _check_agreed(folder: Path | None) -> None:
         )
 
 
+def is_within(path: str | Path, folder: str | Path | None) -> bool:
+    """Whether a path is a folder or lies in it."""
+    return Path(path).resolve().is_relative_to(Path(str(folder)).resolve())
+
+
 def _check_earlier_run(args: FlowConfig) -> None:
-    """Raise FileExistsError when a run that starts afresh would overwrite an earlier one."""
+    """Raise FileExistsError when a run would overwrite an earlier one, or a model."""
     output_dir = Path(str(args.output_dir))
+    if (output_dir / INDEX).exists():
+        raise FileExistsError(f"{output_dir} holds a model ({INDEX}): pass another --output_dir")
     saved = checkpoints.list_all(output_dir)
-    left = [saved[0].name] if saved else [name for name in FINISHED if (output_dir / name).exists()]
+    left = [saved[0].name] if saved else [name for name in EXPORTED if (output_dir / name).exists()]
     if left and not args.overwrite_output_dir:
         go_on = "--resume_from_checkpoint true to go on from it, " if saved else ""
         raise FileExistsError(
@@ -102,15 +112,22 @@ def _check_earlier_run(args: FlowConfig) -> None:
         )
 
 
-def clear_earlier_run(output_dir: str | Path) -> None:
-    """Remove what an earlier run left in ``output_dir``, which would pass for this run's."""
+def clear_earlier_run(output_dir: str | Path, keep_samples: bool) -> None:
+    """Remove what an earlier run left in ``output_dir``, which would pass for this run's, and nothing else.
+
+    ``keep_samples``: those that are there are this run's, which was evaluated before it was trained.
+    """
     folder = Path(output_dir)
-    for earlier in [*checkpoints.list_all(folder), folder / checkpoints.UNFINISHED]:
-        shutil.rmtree(earlier, ignore_errors=True)
-    for earlier in (folder / "samples", folder / "rollouts", folder / "transformer"):
-        shutil.rmtree(earlier, ignore_errors=True)
-    for name in (*FINISHED, "before_after.png", "reward_curve.png", "README.md"):
-        (folder / name).unlink(missing_ok=True)
+    files = [*folder.glob("rollouts/part-*"), *folder.glob("rollouts/.part-*"), folder / "rollouts/writer.json"]
+    if not keep_samples:
+        files += folder.glob("samples/step-*")
+    if (folder / "trainer_state.json").exists():  # then card and pictures are a run's too
+        files += [folder / name for name in ("before_after.png", "reward_curve.png", "README.md")]
+    for earlier in [*files, *checkpoints.list_all(folder), *(folder / n for n in (checkpoints.UNFINISHED, *EXPORTED))]:
+        if earlier.is_dir():
+            shutil.rmtree(earlier, ignore_errors=True)
+        else:
+            earlier.unlink(missing_ok=True)
 
 
 # -- whether a checkpoint is of this run -------------------------------------------------------------------------------
@@ -128,7 +145,7 @@ def _check_identity(folder: Path, identity: dict[str, dict[str, Any]]) -> None:
     """
     stored = _stored(folder)
     lora = stored["run"]["trained"]["tuning"] == "LoRA"
-    new_run = f", or start a new run from its LoRA with --adapter {folder}" if lora else ""
+    new_run = f", or start a new run, in another output_dir, from its LoRA with --adapter {folder}" if lora else ""
     if stored["format"] != checkpoints.FORMAT:
         raise ValueError(
             f"checkpoint {folder} was written by flow-align {stored['version']} in format {stored['format']}, and this "
@@ -151,8 +168,10 @@ def _check_identity(folder: Path, identity: dict[str, dict[str, Any]]) -> None:
     changed = [d for d in _differences(current[FIXED], stored["run"].get(FIXED, {})) if d[0] != ROWS_PER_UPDATE]
     if changed:
         what = ", ".join(f"{name} is {value!r} and was {before!r}" for name, value, before in changed)
-        options = " ".join(_option(name, before) for name, _, before in changed)
-        raise ValueError(f"{what} when {folder} was written: resume with {options}{new_run}")
+        options = " ".join(_option(name, before) for name, _, before in changed if before is not None)
+        ways = [f"with {options}"] if options else []
+        ways += [f"without --{name}" for name, _, before in changed if before is None]
+        raise ValueError(f"{what} when {folder} was written: resume {' and '.join(ways)}{new_run}")
 
 
 def _differences(current: dict[str, Any], before: dict[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -163,8 +182,6 @@ def _differences(current: dict[str, Any], before: dict[str, Any]) -> list[tuple[
 
 def _option(name: str, value: Any) -> str:
     """Write a setting as on the command line."""
-    if value is None:
-        return f"no --{name}"
     values = value if isinstance(value, list) else [value]
     return " ".join([f"--{name}", *(shlex.quote(str(v)) for v in values)])
 

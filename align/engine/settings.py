@@ -36,7 +36,7 @@ def setting(
     """Declare a dataclass field with all that there is to say of it.
 
     Args:
-        default: its default; a list or a mapping is copied.
+        default: its default; a list or a mapping is copied; ``dataclasses.MISSING`` where one must be given.
         help: its line of ``--help``.
         fixed_on_resume: see :class:`Help`.
         least, above, within: the numbers it may be: at least one, above one, in a closed interval. None always passes.

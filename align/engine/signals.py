@@ -51,7 +51,7 @@ class Interrupt:
         try:
             self._previous = {n: signal.signal(n, self._handle) for n in NOTED}
         except ValueError:  # in another thread than the main one: signals are somebody else's
-            logger.warning("outside the main thread: no signal will end this run in good order")
+            logger.warning("not in the main thread: signals will not stop this run cleanly")
 
     def restore(self) -> None:
         """Restore the handlers that the signals had before."""

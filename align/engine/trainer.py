@@ -17,7 +17,7 @@ from transformers import TrainerCallback, set_seed
 from align.engine import checkpoints, reports
 from align.engine.checks import check_memory
 from align.engine.metrics import RunMetrics
-from align.engine.resume import ResumePlan, clear_earlier_run, plan_resume, run_identity
+from align.engine.resume import ResumePlan, clear_earlier_run, is_within, plan_resume, run_identity
 from align.engine.saving import CheckpointingTrainer, HandedOn
 from align.engine.settings import FlowConfig
 from align.engine.signals import InterruptCallback
@@ -133,8 +133,8 @@ class FlowTrainer(CheckpointingTrainer):
         if not isinstance(plan, ResumePlan):
             plan = plan_resume(self.args, self.identity(), plan)
         self.handed_on.resume = plan
-        if plan.folder is None and self.args.should_save:
-            clear_earlier_run(str(self.args.output_dir))
+        if self.args.should_save and (plan.folder is None or not is_within(plan.folder, self.args.output_dir)):
+            clear_earlier_run(str(self.args.output_dir), keep_samples=bool(self.state.log_history))
         if self.ema:
             self.ema.resumed_from = plan.folder
         try:

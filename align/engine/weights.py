@@ -44,7 +44,7 @@ def read_trained(parameters: Mapping[str, torch.Tensor], file: Path) -> dict[str
 
 
 def load_trained(parameters: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Copy a checkpoint's tensors into ``parameters``, which are not sharded; raises as :func:`read_trained`."""
+    """Copy a checkpoint's tensors into ``parameters``, which are not sharded; raises what :func:`read_trained` raises."""
     stored = read_trained(parameters, file)
     with torch.no_grad():
         for name, parameter in parameters.items():

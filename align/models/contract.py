@@ -40,7 +40,7 @@ class FlowModel(Protocol):
     condition_cache: TensorCache | None
 
     def timed_modules(self) -> dict[str, list[nn.Module]]:
-        """Return the modules that compute, by their names in the log: ``transformer``, ``vae``, ..."""
+        """Return the modules whose time is logged, by their names in the log: ``transformer``, ``vae``, ..."""
         ...
 
     def parameter_counts(self) -> Counts:

@@ -54,9 +54,11 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=cached))
 
     try:
-        try:  # what is in the cache serves without asking the hub
-            return fetch(cached=True)
-        except LocalEntryNotFoundError:
+        try:  # what is in the cache serves without asking the hub, unless a download broke off
+            folder = fetch(cached=True)
+            check_weights(folder)
+            return folder
+        except (LocalEntryNotFoundError, FileNotFoundError):
             return fetch(cached=False)
     except Exception as error:  # a hub out of reach raises a dozen unrelated types, from several libraries
         raise FileNotFoundError(
@@ -129,7 +131,7 @@ def digest_adapter(folder: str | Path) -> str:
 
 
 def digest_module(module: nn.Module, about: list[Any]) -> str:
-    """Return a digest of all weights of a module, and of the settings ``about`` it, which JSON can hold."""
+    """Return a digest of a module's weights and of ``about``, a list of JSON values."""
     digest = hashlib.sha256()
     for settings in about:
         digest.update(json.dumps(settings, default=str, sort_keys=True).encode())

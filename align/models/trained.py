@@ -42,6 +42,7 @@ class TrainedTransformer:
         self.adapter = False
         self._reference_copy: nn.Module | None = None
         self._adapter_folder: Path | None = None
+        self._adapter_digest: str | None = None
         settings = {key: value for key, value in self.transformer.config.items() if key[0] != "_"}
         self._description = description or {"name": "a pipeline"} | settings
         for module in (self.transformer, *self.frozen_modules()):
@@ -90,14 +91,14 @@ class TrainedTransformer:
     def identity(self) -> dict[str, dict[str, Any]]:
         trained: dict[str, Any] = {"tuning": "full"}
         if self.adapter:
-            digest = digest_adapter(self._adapter_folder) if self._adapter_folder else None
-            trained = {"tuning": "LoRA", "adapter": digest}
+            trained = {"tuning": "LoRA", "adapter": self._adapter_digest}
         if TRAINED in getattr(self.transformer, "peft_config", {}):
             config = self.transformer.peft_config[TRAINED]
             targets = config.target_modules
             trained |= {
                 "lora_r": config.r,
                 "lora_alpha": config.lora_alpha,
+                "lora_dropout": config.lora_dropout,
                 "lora_target_modules": targets if isinstance(targets, str) else sorted(targets),
             }
         return {"model": self._description, "trained": trained}
@@ -136,6 +137,7 @@ class TrainedTransformer:
     def expect_adapter(self, folder: str | Path) -> None:
         """Say that what is trained is the adapter in ``folder``; its weights may come later."""
         self.adapter, self._adapter_folder = True, Path(folder)
+        self._adapter_digest = digest_adapter(folder)
 
     def unfreeze(self) -> list[str]:
         if self.adapter:

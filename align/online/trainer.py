@@ -285,7 +285,7 @@ class OnlineTrainer(FlowTrainer):
     # -- the run ----------------------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._micro_step, self._buffer = None, None
+        self._micro_step, self._buffer, self._writer = None, None, None
         self._in_a_row.clear()
         return super().train(*args, **kwargs)
 

@@ -1,1 +1,1 @@
-"""Sharing a model out: ZeRO, resharding, memory sums."""
+"""Sharding a model: ZeRO, resharding, memory sums."""

@@ -157,9 +157,9 @@ def check_fits(counts: Counts, setup: Setup, available: float, processes_sharing
     where += f", for {processes_sharing} processes" if processes_sharing > 1 else ""
     raise ValueError(
         f"too little memory: {'a LoRA' if counts.adapter else 'a full fine-tune'} of this transformer of "
-        f"{counts.transformer / 1e9:.1f}e9 parameters keeps {wanted / GIB:.1f} GiB on {where} (of a process: {listed}; "
-        f"activations come on top), and {available / GIB:.1f} GiB are available. "
-        f"{_what_fits(counts, setup, available, processes_sharing)}. To go on all the same: --check_memory false"
+        f"{counts.transformer / 1e9:.1f}e9 parameters keeps {wanted / GIB:.1f} GiB on {where} (per process: {listed}; "
+        f"activations not included), and {available / GIB:.1f} GiB are available. "
+        f"{_what_fits(counts, setup, available, processes_sharing)}. To try anyway: --check_memory false"
     )
 
 
@@ -189,4 +189,4 @@ def _what_fits(counts: Counts, setup: Setup, available: float, processes_sharing
     lora = replace(counts, trained=0, adapter=True)
     if _kept_bytes(lora, replace(offloaded, dtype=2), processes_sharing) <= available:
         fitting.append("a LoRA: --use_peft true --dtype bfloat16 --offload true")
-    return "What would fit: " + ", or ".join(fitting) if fitting else "It takes a machine with more memory"
+    return "What would fit: " + ", or ".join(fitting) if fitting else "A machine with more memory is needed"

@@ -105,8 +105,8 @@ def _values(state: OptimizerState, values: dict[str, Any], written: Sharding, nu
             found[key] = value
         elif value is not None:
             raise ValueError(
-                f"the optimizer keeps {key!r}, which is no value for each element of a weight and cannot be sharded "
-                f"anew: resume {written.launch_command()}, or train with adamw_torch or sgd"
+                f"the optimizer keeps {key!r}, which is not one value per element of a weight and cannot be "
+                f"resharded: resume {written.launch_command()}, or train with adamw_torch or sgd"
             )
     return found
 

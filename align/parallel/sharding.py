@@ -46,14 +46,19 @@ def check_launch(args: TrainingArguments) -> None:
         )
     if "WORLD_SIZE" not in os.environ and os.environ.keys() >= {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"}:
         logger.warning(
-            "the launcher started one process, although it was told of more: without an accelerator, accelerate starts "
+            "the launcher started one process, although more were requested: without an accelerator, accelerate starts "
             "several only by a config: --config_file configs/accelerate/ddp.yaml"
         )
+    check_world_size(args.world_size, "--use_cpu true --ddp_backend gloo")
+
+
+def check_world_size(found: int, way_out: str) -> None:
+    """Raise ValueError, with ``way_out``, when this process did not find the others that the launcher started."""
     asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked != args.world_size:
+    if asked != found:
         raise ValueError(
-            f"the launcher started {asked} processes, but this one sees a world of {args.world_size}: without an "
-            "accelerator, add --use_cpu true --ddp_backend gloo"
+            f"the launcher started {asked} processes, but this process is in a group of {found}: without an accelerator, "
+            f"add {way_out}"
         )
 
 

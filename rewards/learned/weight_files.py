@@ -55,7 +55,7 @@ def find_file(name: str | Path, *, reward: str, arg: str, file: str = "") -> Pat
     except Exception as error:  # when the hub cannot be reached, several libraries raise many unrelated types
         local = f"{Path(repository).name}/{remote}"
         raise FileNotFoundError(
-            f"reward {reward!r} needs the file {remote} of {repository}, which is not in the local hub cache, and could "
+            f"reward {reward!r} needs the file {remote} from {repository}, which is not in the local hub cache, and could "
             f"not be downloaded ({type(error).__name__}). On a machine with a network run `hf download {repository} "
             f"{remote} --local-dir {Path(repository).name}`, copy {local} here, and pass its path: "
             f"`args: {{{arg}: {local}}}`."

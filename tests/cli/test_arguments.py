@@ -282,7 +282,7 @@ def test_an_adapter_brings_its_own_settings(folder, setting, caplog):
     (folder / LORA_FILE).touch()
     assert ModelArguments(adapter=".").peft_config() is None
     assert ModelArguments(adapter=".", **setting).peft_config() is None
-    assert f"{next(iter(setting))} is ignored: the adapter . says its own" in caplog.text
+    assert f"{next(iter(setting))} is ignored: the adapter . defines it" in caplog.text
 
 
 def test_a_full_fine_tune_of_half_precision_weights_is_refused():

@@ -9,14 +9,19 @@ import pytest
 from matching_runs import GROUNDED, dpo, sft
 
 from align import sft as door
+from align.cli.arguments import ModelArguments
+from align.cli.data import DataArguments
+from align.cli.images import CaptionedDataArguments, PreferenceDataArguments
+from align.cli.launch import check_adapter_stays, settings_beside
 from align.dpo import DPOConfig
 from align.dpo_online import OnlineDPOConfig
-from align.engine.resume import ROWS_PER_UPDATE
-from align.engine.settings import check_settings, setting, values_of
+from align.engine.resume import ROWS_PER_UPDATE, ResumePlan, clear_earlier_run, plan_resume
+from align.engine.settings import FlowConfig, check_settings, setting, values_of
 from align.grpo import GRPOConfig
 from align.models.qwen_image import QwenImage
 from align.nft import NFTConfig
 from align.sft import SFTConfig
+from rewards import load_rewards
 
 SAVING = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
 
@@ -34,8 +39,11 @@ def runs(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 7}, "seed is 7 and was 42 when .*: resume with --seed 42, or start a new run from its LoRA"),
-        ({"data_seed": 7}, "data_seed is 7 and was None when .*: resume with no --data_seed,"),
+        (
+            {"seed": 7},
+            "seed is 7 and was 42 when .*: resume with --seed 42, or start a new run, in another output_dir, from",
+        ),
+        ({"data_seed": 7}, "data_seed is 7 and was None when .*: resume without --data_seed,"),
         ({"logit_mean": 0.5}, "logit_mean is 0.5 and was 0.0 when .*: resume with --logit_mean 0.0,"),
         ({"logit_std": 0.5}, "logit_std is 0.5 and was 1.0"),
         ({"height": 32, "width": 32}, "height is 32 and was 64, width is 32 and was 64 when .* --height 64 --width 64"),
@@ -76,7 +84,7 @@ def test_settings_of_data_and_model_are_refused_by_name_on_the_command_line(runs
     start(words)
     resumed = words | {"max_steps": 2, "resume_from_checkpoint": True}
     for change, message in (
-        ({"trigger": "mystyle"}, "trigger is 'mystyle' and was None when .*: resume with no --trigger"),
+        ({"trigger": "mystyle"}, "trigger is 'mystyle' and was None when .*: resume without --trigger"),
         ({"dtype": "bfloat16"}, "dtype is 'bfloat16' and was 'float32' when .*: resume with --dtype float32"),
     ):
         with pytest.raises(SystemExit, match=message):
@@ -88,6 +96,88 @@ def test_settings_of_data_and_model_are_refused_by_name_on_the_command_line(runs
 def start(words: dict) -> None:
     """SFT, by the command line."""
     door.main([str(word) for name, value in words.items() for word in (f"--{name}", value)])
+
+
+def test_several_settings_are_advised_as_one_can_type_them(runs, tmp_path):
+    run = sft(tmp_path, cache_dir=str(runs["sft"].parents[1] / "cache"), seed=7, data_seed=7, height=32)
+    with pytest.raises(ValueError, match=r"resume with --seed 42 --height 64 and without --data_seed, or"):
+        run.train(resume_from_checkpoint=str(runs["sft"]))
+
+
+# --- What a new run leaves alone, and what it clears ---
+
+#: What runs leave, and what they do not.
+LEFT = ["checkpoint-1/model.safetensors", "transformer/config.json", "pytorch_lora_weights.safetensors"]
+LEFT += [
+    "trainer_state.json",
+    "README.md",
+    "reward_curve.png",
+    "samples/step-000000.png",
+    "rollouts/part-00000.parquet",
+]
+OTHERS = ["samples/mine.png", "rollouts/notes.txt", "notes.md"]
+
+
+def fill(folder: Path, names: list[str]) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("name", LEFT[:4])
+def test_what_a_run_left_is_not_overwritten_unasked(tmp_path, name):
+    fill(tmp_path, [name])
+    with pytest.raises(FileExistsError, match=f"holds {name.split('/')[0]} of an earlier run"):
+        plan_resume(FlowConfig(str(tmp_path), use_cpu=True), {}, None)
+    assert plan_resume(FlowConfig(str(tmp_path), use_cpu=True, overwrite_output_dir=True), {}, None).folder is None
+
+
+def test_a_model_is_never_overwritten(tmp_path):
+    fill(tmp_path, ["model_index.json", "transformer/config.json"])
+    with pytest.raises(FileExistsError, match=r"holds a model \(model_index.json\): pass another --output_dir"):
+        plan_resume(FlowConfig(str(tmp_path), use_cpu=True, overwrite_output_dir=True), {}, None)
+
+
+def test_only_what_a_run_left_is_cleared(tmp_path):
+    clear_earlier_run(fill(tmp_path / "a", LEFT + OTHERS), keep_samples=False)
+    assert sorted(str(p.relative_to(tmp_path / "a")) for p in (tmp_path / "a").rglob("*.*")) == sorted(OTHERS)
+    clear_earlier_run(fill(tmp_path / "b", [LEFT[6], "README.md"]), keep_samples=True)
+    assert (tmp_path / "b" / LEFT[6]).exists() and (tmp_path / "b/README.md").exists()  # of a project, not of a run
+
+
+def test_an_earlier_run_is_kept_from_a_resume_out_of_another_folder_too(runs, tmp_path):
+    cache = str(runs["sft"].parents[1] / "cache")
+    run = sft(fill(tmp_path, ["checkpoint-9/model.safetensors"]), cache_dir=cache, max_steps=2)
+    with pytest.raises(FileExistsError, match="holds checkpoint-9 of an earlier run"):
+        run.train(resume_from_checkpoint=str(runs["sft"]))
+
+
+def test_from_python_a_second_run_is_refused_and_clears_when_told_to(runs, tmp_path):
+    cache = str(runs["sft"].parents[1] / "cache")
+    run = sft(tmp_path, cache_dir=cache, **SAVING)
+    run.train()
+    with pytest.raises(FileExistsError, match="holds checkpoint-1 of an earlier run"):
+        run.train()
+    again = sft(tmp_path, cache_dir=cache, max_steps=2, overwrite_output_dir=True)
+    again.train()
+    assert not (tmp_path / "checkpoint-1").exists()
+
+
+def test_an_adapter_in_the_folder_of_the_new_run_is_refused(runs, tmp_path):
+    args = SFTConfig(output_dir=str(runs["sft"].parent), use_cpu=True, overwrite_output_dir=True)
+    with pytest.raises(ValueError, match=r"the adapter .*checkpoint-1 lies in output_dir .* which a new run clears"):
+        check_adapter_stays(str(runs["sft"]), args, ResumePlan())
+    check_adapter_stays(str(runs["sft"]), args, ResumePlan(runs["sft"]))
+    check_adapter_stays(str(runs["sft"]), dataclasses.replace(args, output_dir=str(tmp_path)), ResumePlan())
+
+
+@pytest.mark.parametrize("data", [DataArguments, CaptionedDataArguments, PreferenceDataArguments])
+def test_data_and_rewards_are_of_what_a_resume_names(data):
+    secret = {"use": "brightness", "environment": {"variables": {"KEY": "5ec3e7"}}}
+    named, rewards = data(dataset_name="mine", rewards=[secret]), load_rewards(["brightness"])
+    _, free = settings_beside(named, ModelArguments(), rewards)
+    assert free["dataset_name"] == "mine" and free["rewards"] == ["brightness (weight 1)"] and "5ec3e7" not in str(free)
 
 
 def test_what_only_sft_has_is_refused_too(runs, tmp_path):
@@ -121,7 +211,10 @@ def test_a_checkpoint_of_the_version_before_is_refused_with_a_way_on(runs, tmp_p
     fixed = content["run"].pop("fixed_on_resume")
     content["run"] |= {"dealing": {ROWS_PER_UPDATE: fixed[ROWS_PER_UPDATE]}}
     (old / "checkpoint.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"0\.1\.0 in format 1.*or start a new run from its LoRA with --adapter .*old"):
+    with pytest.raises(
+        ValueError,
+        match=r"0\.1\.0 in format 1.*or start a new run, in another output_dir, from its LoRA with --adapter .*old",
+    ):
         sft(tmp_path / "new").train(resume_from_checkpoint=str(old))
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from asking import ask
@@ -56,6 +57,21 @@ def test_weights_that_were_not_all_downloaded_are_named(tmp_path):
     (model / "transformer/part-2.safetensors").touch()
     with pytest.raises(FileNotFoundError, match=r"model has no weights \(\*\.safetensors\) in vae"):
         load_model(model)
+
+
+def test_a_download_that_broke_off_goes_on(tmp_path, monkeypatch):
+    model, asked = tmp_path / "model", []
+    shutil.copytree(CHECKPOINT, model, ignore=shutil.ignore_patterns("*.safetensors"))
+
+    def download(name, allow_patterns, local_files_only):
+        asked.append(local_files_only)
+        if not local_files_only and len(allow_patterns) > 1:
+            shutil.copytree(CHECKPOINT, model, dirs_exist_ok=True)
+        return str(model)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert load_model("owner/name").cell == 16
+    assert asked == [True, True, False, False]  # index and modules, of the cache and then of the hub
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(r=4, lora_alpha=8)])

@@ -451,7 +451,9 @@ def test_processes_that_did_not_find_each_other_are_refused(monkeypatch):
     args = SFTConfig(use_cpu=True)
     check_launch(args)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"started 2 processes, but this one sees a world of 1: .*--ddp_backend gloo"):
+    with pytest.raises(
+        ValueError, match=r"started 2 processes, but this process is in a group of 1: .*--ddp_backend gloo"
+    ):
         check_launch(args)
 
 
@@ -463,7 +465,7 @@ def test_a_launcher_that_starts_one_process_of_several_is_told_on(monkeypatch, c
     assert not caplog.text
     monkeypatch.setenv("MASTER_PORT", "29500")
     check_launch(args)
-    assert "one process, although it was told of more" in caplog.text and "--config_file configs/accel" in caplog.text
+    assert "one process, although more were requested" in caplog.text and "--config_file configs/accel" in caplog.text
 
 
 def test_fsdp_is_refused_with_what_there_is_instead(settings, monkeypatch):
@@ -472,6 +474,8 @@ def test_fsdp_is_refused_with_what_there_is_instead(settings, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"FSDP, .* launch with configs/accelerate/zero2.yaml or zero3.yaml"):
         check_launch(args)
+    with pytest.raises(ValueError, match="the launcher asks for FSDP"):  # by whoever makes arguments
+        settings(SFTConfig, 0)
 
 
 @pytest.mark.slow

@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_told_with_what_would(true_full):
         check_fits(true_full, Setup(processes=8, reference=True), 80 * GIB)  # ZeRO-3 shares out a reference
     with pytest.raises(ValueError, match=r"copies of the model 75\.8.*What would fit: a LoRA"):
         check_fits(true_full, Setup(processes=8, average=True), 80 * GIB)  # and no moving average
-    with pytest.raises(ValueError, match=r"this machine, for 2 processes .* It takes a machine with more memory"):
+    with pytest.raises(ValueError, match=r"this machine, for 2 processes .* A machine with more memory is needed"):
         check_fits(true_full, Setup(processes=2), 20 * GIB, processes_sharing=2)
     with pytest.raises(ValueError, match=r"What would fit: --config_file configs/accelerate/zero3_offload.yaml --off"):
         check_fits(true_full, Setup(stage=3, processes=16, offload=True), 20 * GIB)
