@@ -218,7 +218,7 @@ def other_model(folder: Path) -> Path:
     [
         (
             {"lora": {"r": 4, "lora_alpha": 4}},
-            r"lora_r is 4 and was 2 when .* start a new run from its LoRA with --adapter",
+            r"lora_r is 4 and was 2 when .* start a new run, in another output_dir, from its LoRA with --adapter",
         ),
         ({"lora": {"lora_alpha": 8}}, "lora_alpha is 8 and was 4"),
         ({"lora": {"target_modules": ["to_q"]}}, "lora_target_modules is"),
