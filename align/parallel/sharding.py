@@ -55,7 +55,7 @@ def check_launch(args: TrainingArguments) -> None:
 def check_world_size(found: int, way_out: str) -> None:
     """Raise ValueError, with ``way_out``, when this process did not find the others that the launcher started."""
     asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked != found:
+    if found < asked:
         raise ValueError(
             f"the launcher started {asked} processes, but this process is in a group of {found}: without an accelerator, "
             f"add {way_out}"
