@@ -1,19 +1,19 @@
 """Calling rewards and checking what they return."""
 
 import asyncio
-import functools
 import inspect
 import math
 import numbers
 from collections.abc import Coroutine, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from copy import deepcopy
 from typing import Any
 
 from PIL import Image
 
-from rewards.contract import Reward, RewardError, RewardFailed, describe
-from rewards.threads import in_thread
+from rewards.contract import Reward, RewardError, RewardFailed, RunsElsewhere, describe
+from rewards.threads import REWARDS_LOOP, in_thread
 
 
 def score(
@@ -25,6 +25,8 @@ def score(
     """Score images with every reward.
 
     Plain rewards are called one after the other: in this thread, or in other threads if an async reward is among them.
+    All async rewards of a process run on one event loop, from the first call to the last. Each reward has copies of
+    images, prompts and columns of its own, so that what it changes in them reaches nobody else.
 
     Args:
         images, prompts: N of each. columns: the other data columns, N values each.
@@ -82,15 +84,15 @@ async def _call_all(
     some_async, one_at_a_time = any(_is_async(reward.function) for reward in rewards), asyncio.Lock()
 
     async def call(reward: Reward) -> Any:
-        taken = columns if reward.columns is None else {k: columns[k] for k in reward.columns if k in columns}
-        run = functools.partial(reward.function, images=images, prompts=prompts, **taken)
         try:
-            if some_async and not _is_async(reward.function):
+            if _is_async(reward.function):
+                return await REWARDS_LOOP.call(lambda: _call(reward, images, prompts, columns))
+            if some_async:
                 async with one_at_a_time:
-                    result = await in_thread(run)
+                    result = await in_thread(_call, reward, images, prompts, columns)
             else:
-                result = run()
-            return await result if inspect.isawaitable(result) else result
+                result = _call(reward, images, prompts, columns)
+            return await REWARDS_LOOP.call(lambda: result) if inspect.isawaitable(result) else result
         except RewardError:  # from a reward that runs elsewhere, where its scores were checked
             raise
         except (SystemExit, asyncio.CancelledError) as error:  # neither should end the run
@@ -101,6 +103,15 @@ async def _call_all(
             return error
 
     return list(await asyncio.gather(*map(call, rewards)))
+
+
+def _call(reward: Reward, images: list[Image.Image], prompts: list[str], columns: Mapping[str, list[Any]]) -> Any:
+    """Call a reward with the columns that it takes, and with copies that it may change."""
+    taken = {name: columns[name] for name in (columns if reward.columns is None else reward.columns) if name in columns}
+    if isinstance(reward.function, RunsElsewhere):  # it sends them away
+        return reward.function(images=images, prompts=prompts, **taken)
+    own = [image.copy() if isinstance(image, Image.Image) else image for image in images]
+    return reward.function(images=own, prompts=list(prompts), **deepcopy(taken))
 
 
 def _is_async(function: Any) -> bool:

@@ -1,6 +1,7 @@
 """What a reward is, and what can go wrong with one."""
 
 import abc
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from rewards.hints import nearest
+from rewards.threads import REWARDS_LOOP, EventLoop
 from rewards.weights import CategoryWeights, Weight
 
 #: The arguments that every reward takes; it asks for data columns by name.
@@ -128,8 +130,9 @@ class Reward:
         close_callable(self.function)
 
 
-def close_callable(function: Callable[..., Any]) -> None:
-    """Call a reward's method ``close``, if it has one."""
+def close_callable(function: Callable[..., Any], loop: EventLoop = REWARDS_LOOP) -> None:
+    """Call a reward's method ``close``, if it has one; an async one is awaited on ``loop``, where the reward ran."""
     close = getattr(function, "close", None)
-    if callable(close):
-        close()
+    result = close() if callable(close) else None
+    if inspect.isawaitable(result):
+        loop.wait_for(result)

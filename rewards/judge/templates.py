@@ -45,7 +45,9 @@ class Template:
 
     def _values(self, name: str, answer: str) -> list[str]:
         """Return what follows the name and a colon, for each line that begins with them."""
-        label = re.compile(rf"[\s*#>_-]*{re.escape(name)}(?: score)?\s*(?:\([^()]*\))?[\s*_]*[:：]", re.IGNORECASE)
+        # No two parts that follow each other match the same characters: that keeps a long line from taking forever.
+        decorated = rf"[\s*#>_-]*{re.escape(name)}(?: score)?[\s*_]*(?:\([^()]*\)[\s*_]*)?[:：]"
+        label = re.compile(decorated, re.IGNORECASE)
         plain = (line.strip() for line in answer.splitlines())
         return [line[match.end() :].strip(" *_`") for line in plain if (match := label.match(line))]
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from rewards.contract import RewardUnavailable, close_callable
-from rewards.threads import in_thread
+from rewards.threads import EventLoop, in_thread
 
 
 class Timed:
@@ -21,6 +21,8 @@ class Timed:
     def __init__(self, name: str, function: Callable[..., Any], timeout: float) -> None:
         self.name, self.function, self.timeout = name, function, timeout
         self._busy = threading.Event()
+        # Its own, so that an async reward that blocks delays no other.
+        self._loop = EventLoop()
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._busy.is_set():
@@ -34,8 +36,7 @@ class Timed:
         self._busy.set()
         try:
             result = self.function(*args, **kwargs)
-            # Its own loop, so that an async reward that blocks delays no other, and one that only waits is cancelled.
-            return asyncio.run(self._limit(result)) if inspect.isawaitable(result) else result
+            return self._loop.wait_for(self._limit(result)) if inspect.isawaitable(result) else result
         finally:
             self._busy.clear()
 
@@ -55,4 +56,4 @@ class Timed:
 
     def close(self) -> None:
         """Close the reward, if it can be closed."""
-        close_callable(self.function)
+        close_callable(self.function, self._loop)

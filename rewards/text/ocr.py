@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 _METRICS = ("edit", "word")
 _COLUMN = "text"
+#: Characters of a target; comparing two texts takes the product of their lengths.
+MAX_TARGET = 2000
 _MAX_SIDE = 2000  # pixels; the recogniser itself shrinks larger images
 _MAX_ASPECT = 8  # the recogniser would enlarge a thinner image until it fills the memory
 
@@ -127,6 +129,9 @@ class Ocr:
         return similarity(tokens(read), tokens(target)) if self.metric == "word" else similarity(read, target)
 
     def _score(self, image: Image.Image, target: str) -> float | None:
+        if len(target) > MAX_TARGET:
+            logger.warning("ocr: a target of %d characters is not scored: at most %d", len(target), MAX_TARGET)
+            return None
         characters = normalise(target, ignore_case=False)
         unknown = sorted({c for c in characters if c not in self._known_characters and not c.isspace()})
         if unknown:

@@ -4,22 +4,15 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-# After a letter or digit a mark does not open a quote: it is an apostrophe (don't, the dogs') or inches (5" x 7").
-_QUOTES = re.compile(
-    "|".join(
-        (
-            r'(?<![A-Za-z0-9])"([^"]*)"',
-            r"(?<![A-Za-z0-9])'(?! )([^'\n]*(?:'(?=[A-Za-z0-9])[^'\n]*)*)'(?![A-Za-z0-9])",
-            r"[“„]([^“”„]*)[”“]",
-            r"‘((?:[^‘’]|’(?=[A-Za-z0-9]))*)’",
-            r"«([^«»]*)»",
-            r"‹([^‹›]*)›",
-            r"「([^「」]*)」",
-            r"『([^『』]*)』",
-            r"＂([^＂]*)＂",
-        )
-    )
-)
+_PAIRS = {"“": ("“”„", "”“"), "„": ("“”„", "”“"), "«": ("«»", "»"), "‹": ("‹›", "›"), "「": ("「」", "」")}
+_PAIRS |= {"『": ("『』", "』"), "＂": ("＂", "＂"), '"': ('"', '"')}
+#: Opening mark to what a text in these marks cannot hold, and which of that closes it.
+_ENDS = {opening: (re.compile(f"[{marks}]"), closing) for opening, (marks, closing) in _PAIRS.items()}
+# An apostrophe before a letter or digit is one of the text's own (don't), where others close it.
+_ENDS |= {"'": (re.compile(r"'(?![A-Za-z0-9])|\n"), "'"), "‘": (re.compile(r"‘|’(?![A-Za-z0-9])"), "’")}
+# After a letter or digit a straight mark does not open a quote: it is an apostrophe (don't, the dogs') or inches (5" x 7").
+_CURLY = "".join(mark for mark in _ENDS if not mark.isascii())
+_OPENING = re.compile(rf"(?<![A-Za-z0-9])(?:\"|'(?! ))|[{_CURLY}]")
 #: Marks that look alike, which a recogniser may confuse, and the one that all become.
 _ALIKE = str.maketrans("‘’‛′“”„‟″–—−‐‑", '\'\'\'\'"""""-----')
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -33,8 +26,25 @@ def quoted(prompt: str) -> list[str]:
     Quotation marks are straight and curly, single and double, guillemets, German ones, and CJK corner brackets. Of
     quotes within quotes only the outer ones count. Apostrophes and marks that are never closed are ignored.
     """
-    found = (next(filter(None, match.groups()), "").strip() for match in _QUOTES.finditer(prompt))
-    return [text for text in found if text]
+    texts, place, unclosed = [], 0, dict[str, int]()
+    for mark in _OPENING.finditer(prompt):
+        opening, start = mark.group(), mark.end()
+        # A mark that was not closed leaves the next ones of its kind without a close up to the same place: that keeps a
+        # text of nothing but opening marks from taking time that grows with its square.
+        if mark.start() < place or start <= unclosed.get(opening, 0):
+            continue
+        pattern, closing = _ENDS[opening]
+        end = pattern.search(prompt, start)
+        last = end.start() if end is not None else len(prompt)
+        if end is None or end.group() not in closing:
+            # Of curly single quotes, the last apostrophe of the text closes it where nothing else does.
+            last = prompt.rfind("’", start, last) if opening == "‘" else -1
+        if last < 0:
+            unclosed[opening] = end.start() if end is not None else len(prompt)
+            continue
+        texts.append(prompt[start:last].strip())
+        place = last + 1
+    return [text for text in texts if text]
 
 
 def normalise(

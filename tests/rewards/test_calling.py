@@ -190,6 +190,31 @@ def test_a_column_that_is_missing_after_all_is_a_failure_of_that_reward():
     assert scores[1] == [1.0, 2.0, 3.0]
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_a_reward_changes_reaches_no_other_and_not_the_caller(asynchronous):
+    """A thumbnail made in place once made the next reward, and the saved rollouts, see 16 x 16 pixels."""
+
+    def careless(images, prompts, spec):
+        for image, of in zip(images, spec, strict=True):
+            image.thumbnail((2, 2))
+            of["seen"] = True
+        images.pop()
+        prompts.clear()
+        return [0.0] * 3
+
+    async def later(images, prompts, spec):
+        return careless(images, prompts, spec)
+
+    def careful(images, prompts, spec):
+        return [image.width + len(of) for image, of in zip(images, spec, strict=True)]
+
+    images, prompts = [Image.new("RGB", (8, 8)) for _ in range(3)], ["a", "b", "c"]
+    columns = {"spec": [{} for _ in range(3)]}
+    rewards = load_rewards([later if asynchronous else careless, careful])
+    assert score(rewards, images, prompts, columns) == ([[0.0] * 3, [8.0] * 3], {})
+    assert [image.width for image in images] == [8] * 3 and prompts == ["a", "b", "c"] and columns["spec"] == [{}] * 3
+
+
 @pytest.mark.parametrize("error", [SystemExit(0), asyncio.CancelledError(), StopIteration()])
 @pytest.mark.parametrize("how", ["plain", "async", "in a thread", "with a time-out"])
 def test_a_reward_that_ends_the_program_has_failed(error, how):
@@ -278,6 +303,51 @@ def test_async_rewards_wait_on_each_others_side():
     one, two = asyncio.Event(), asyncio.Event()
     scores, failures = scores_of(meeting(one, two, 1.0, "one"), meeting(two, one, 2.0, "two"))
     assert (scores, failures) == ([[1.0] * 3, [2.0] * 3], {})
+
+
+class Client:
+    """Like an HTTP client that is made once: it belongs to the loop of its first call, and must be closed there."""
+
+    def __init__(self):
+        self.limit, self.closed = asyncio.Semaphore(1), False
+
+    async def __call__(self, images, prompts):
+        async def one():
+            async with self.limit:
+                await asyncio.sleep(0.001)
+                return 1.0
+
+        return await asyncio.gather(*(one() for _ in images))
+
+    async def close(self):
+        async with self.limit:
+            self.closed = True
+
+
+@pytest.mark.parametrize("timeout", [None, 10])
+def test_what_an_async_reward_makes_once_serves_every_call(timeout):
+    client = Client()
+    (reward,) = load_rewards([client])
+    if timeout:
+        reward = dataclasses.replace(reward, function=Timed("client", client, timeout))
+    for _ in range(3):
+        assert score([reward], IMAGES, PROMPTS, {}) == ([[1.0] * 3], {})
+    reward.close()
+    assert client.closed
+
+
+def test_a_task_of_an_async_reward_that_ends_the_program_has_failed_and_the_next_call_works():
+    async def ending(images, prompts):
+        async def end():
+            raise SystemExit(3)
+
+        await asyncio.create_task(end())
+
+    async def fine(images, prompts):
+        return [1.0] * 3
+
+    assert "SystemExit" in scores_of(ending)[1]["ending"]
+    assert scores_of(fine) == ([[1.0] * 3], {})
 
 
 def test_scores_keep_the_order_of_the_rewards_whichever_answers_first():

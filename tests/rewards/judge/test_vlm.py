@@ -147,6 +147,12 @@ def test_an_answer_without_just_one_mark_in_range_has_none(answer):
     assert TEMPLATES["unifiedreward"].parse("Alignment: 5\nCoherence: 3\n" + answer) is None
 
 
+@pytest.mark.parametrize("answer", ["Score" + " " * 10**6, "Score(" + "*" * 10**6, "*" * 10**6, "Score: " + "9" * 4000])
+def test_a_hostile_answer_does_not_hold_the_interpreter(answer):
+    """40 KB of spaces once took 8 s, which grows with the square."""
+    assert TEMPLATES["alignment"].parse(answer) is None
+
+
 def test_an_answer_that_cannot_be_read_is_not_scored_and_logged(caplog):
     with judge_that_answers("Score: 4", "what a lovely picture", None, "Score: 99") as judge:
         assert judged(judge, [picture(i) for i in range(4)], concurrency=1) == ([0.4, None, None, None], {})

@@ -145,6 +145,17 @@ def test_quoted_parts_of_a_prompt(prompt, parts):
     assert quoted(prompt) == parts
 
 
+@pytest.mark.parametrize("unclosed", [" 'a'b\"", " 'a", ' "', "‘", "‘a’b", "“", "„", "«"])
+def test_marks_that_are_never_closed_do_not_hold_the_interpreter(unclosed):
+    """A prompt of 80 KB once took 22 s, in which a service answered nobody; this one would take hours."""
+    quoted(unclosed * 200_000)
+
+
+def test_a_target_that_no_image_holds_is_not_scored(reader, caplog):
+    assert reader([Image.new("RGB", (64, 64))], ["a"], text=["x" * 5000]) == [None]
+    assert "a target of 5000 characters is not scored" in caplog.text
+
+
 def test_the_column_comes_before_the_quotes_and_none_in_it_leaves_them(reader):
     assert reader.target('says "A"') == "A" and reader.target('says "A" and "B"') == "A B"
     assert reader.target('says "A"', "B") == "B" and reader.target('says "A"', "") == ""
