@@ -47,7 +47,7 @@ class DPOSettings:
     beta: float = setting(
         2000.0,
         "How strongly the policy is held to the reference, on errors that are means over latent dimensions "
-        "(Diffusion-DPO's 2000 to 5000); for errors that are sums divide by tokens x channels.",
+        "(Diffusion-DPO's 2000 to 5000 mean the same here); for errors that are sums divide by tokens x channels.",
         above=0,
     )
     loss_type: DPOLossType = setting("sigmoid", "sigmoid (DPO), hinge (SLiC) or ipo.")

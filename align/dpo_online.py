@@ -53,6 +53,11 @@ class OnlineDPOConfig(DPOSettings, NoiseLevels, OnlineConfig):
     num_generations: int = setting(
         8, "Images per prompt: the group, of which the best and the worst are trained on.", fixed_on_resume=True
     )
+    beta: float = setting(
+        100.0,
+        "How strongly the policy is held to the reference, in the units of DPO; verl's online DPO of Qwen-Image has 100.",
+        above=0,
+    )
     min_margin: float = setting(
         0.0, "Make no pair of images whose rewards differ by less.", fixed_on_resume=True, least=0
     )

@@ -25,7 +25,7 @@ from align.cli.data import named
 from align.cli.launch import defer_model
 from align.engine.settings import check_settings, plan_of, setting, values_of
 from align.engine.signals import Interrupt
-from align.models.contract import FlowModel
+from align.models.contract import FlowModel, NotFinite
 from align.parallel.sharding import check_world_size
 from align.sampling.held_out import check_columns
 from align.sampling.noise import ImageKey
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
             with writer:
                 written = generate(model, dataset, rewards, args, writer, process, interrupt)
             written = sum(gather_object([written]))  # waits for everyone
-    except RewardError as error:
+    except (RewardError, NotFinite) as error:
         raise SystemExit(f"stopped: {error}. What is written stays; start again to go on") from error
     if state.is_main_process:
         print(f"{written} prompts x {args.num_generations} images in {time.perf_counter() - started:.0f} s", end="")

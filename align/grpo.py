@@ -40,7 +40,6 @@ from align.online.trainer import OnlineTrainer
 from align.sampling.noise import first_of_start
 from align.sampling.rollout import SamplingPlan
 from align.sampling.window import SDEWindow, WindowSchedule
-from rewards import RewardError
 
 
 @dataclass
@@ -184,7 +183,7 @@ class GRPOTrainer(OnlineTrainer):
     args: GRPOConfig
     algorithm = "GRPO"
     buffer_type = TransitionBuffer
-    stops = (RewardError, ConsistencyError)
+    stops = (*OnlineTrainer.stops, ConsistencyError)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -36,7 +36,7 @@ def settings(folder: Path, **overrides):
         "generation_batch_size": 16,
         "rollout_batch_size": 16,
         "per_device_train_batch_size": 4,
-        "beta": 30.0,
+        "beta": 60.0,
         "max_steps": 2,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",

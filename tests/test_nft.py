@@ -351,6 +351,18 @@ def test_what_does_not_fit_together_is_said_before_the_model_is_loaded(tmp_path)
         NFTTrainer(missing, [brightness], args, PROMPTS, peft_config=LoraConfig(r=4, lora_dropout=0.1))
 
 
+def test_the_dropout_of_an_adapter_is_left_out_and_said(tmp_path, caplog):
+    first = load_model("tiny")
+    first.add_lora(LoraConfig(r=4, lora_dropout=0.5))
+    state = {name: p.detach() for name, p in first.transformer.named_parameters() if p.requires_grad}
+    first.save(tmp_path / "adapter", state)
+    model = load_model("tiny")
+    model.load_adapter(tmp_path / "adapter")
+    run = NFTTrainer(model, [brightness], NFTConfig(**settings(tmp_path / "run")), PROMPTS)
+    assert "the adapter's dropout of 0.5 is left out" in caplog.text
+    assert not any(m.p for m in run.model.modules() if isinstance(m, torch.nn.Dropout))
+
+
 def test_every_step_of_the_schedule_is_trained_by_default(tmp_path):
     args = NFTConfig(**settings(tmp_path, num_train_sigmas=None, per_device_train_batch_size=48))
     args.check_world(1)

@@ -16,9 +16,9 @@ from align.online.buffers import MicroBatch, PointBatch
 def test_dpo_of_two_pairs():
     errors = torch.tensor([[0.5, 1.0], [0.8, 0.6]], requires_grad=True)
     reference, sigma = torch.tensor([[0.6, 0.9], [0.7, 0.7]]), torch.tensor([0.1, 0.9])
-    settings = DPOSettings(beta=2.0, sft_weight=0.5)
+    settings = DPOSettings(beta=4.0, sft_weight=0.5)
     result = dpo_objective(errors, reference, sigma, settings)
-    # rewards 2 (ref - policy): chosen 0.2 and -0.2, rejected -0.2 and 0.2; h = 0.4 and -0.4
+    # rewards 4/2 (ref - policy): chosen 0.2 and -0.2, rejected -0.2 and 0.2; h = 0.4 and -0.4
     losses = [math.log(1 + math.exp(-0.4)) + 0.25, math.log(1 + math.exp(0.4)) + 0.4]
     assert result.loss.item() == pytest.approx(sum(losses) / 2)
     assert result.metrics["rewards/margins"] == pytest.approx(0.0, abs=1e-7)

@@ -160,6 +160,7 @@ def parse(dataclass_types: Sequence[type], argv: Iterable[str] | None = None, do
     Raises:
         ValueError, FileNotFoundError: an option, a key or a value that cannot be, with the nearest that can.
     """
+    _leave_own_folder()
     words = _split_equals(list(sys.argv[1:] if argv is None else argv))
     if not words and door:
         print(how_to_begin(door))
@@ -175,6 +176,12 @@ def parse(dataclass_types: Sequence[type], argv: Iterable[str] | None = None, do
             words[place + 1] = str(find_config(words[place + 1]))
             _check_config(Path(words[place + 1]), parser.options)
     return parser.parse_args_and_config(words)
+
+
+def _leave_own_folder() -> None:
+    """Take align/ off the path of modules, where a door that runs by its path has it: its folders are not a reward's."""
+    own = Path(__file__).parents[1]
+    sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != own]
 
 
 def how_to_begin(door: str) -> str:

@@ -13,7 +13,7 @@ from align.engine.resume import ResumePlan, is_within, plan_resume, run_identity
 from align.engine.settings import FlowConfig, values_of
 from align.engine.trainer import FlowTrainer
 from align.models import families
-from align.models.contract import FlowModel
+from align.models.contract import FlowModel, NotFinite
 from align.models.loading import nearest
 from rewards import Reward
 from rewards.weights import shown
@@ -90,7 +90,7 @@ def train_and_finish(
 ) -> None:
     """Train, export, and print what changed and where to look; a signal or a failing reward ends it resumably."""
     args = trainer.args
-    stops: tuple[type[Exception], ...] = (*trainer.stops, CheckpointError)
+    stops: tuple[type[Exception], ...] = (*trainer.stops, CheckpointError, NotFinite)
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=plan)

@@ -47,12 +47,19 @@ def save_scores(rows: Sequence[dict[str, Any]], folder: Path, step: int) -> None
     (folder / "samples" / f"step-{step:06d}.jsonl").write_text(text, encoding="utf-8")
 
 
-def paired_errors(folder: Path) -> dict[str, float]:
+def _of_steps(folder: Path, ending: str, until: int | None) -> list[Path]:
+    """List the files of a run's evaluations, in order; ``until``: the last update of interest."""
+    files = sorted((folder / "samples").glob(f"step-*{ending}"))
+    return [file for file in files if until is None or int(file.stem.removeprefix("step-")) <= until]
+
+
+def paired_errors(folder: Path, until: int | None = None) -> dict[str, float]:
     """Return the standard error of each held-out change, prompt by prompt: both evaluations start from the same noise.
 
-    Names are those of :func:`held_out_changes`. Empty when the run was not evaluated before its first update.
+    Names are those of :func:`held_out_changes`. Empty when the run was not evaluated before its first update. ``until``:
+    the update whose weights are exported, the last one by default.
     """
-    files = sorted((folder / "samples").glob("step-*.jsonl"))
+    files = _of_steps(folder, ".jsonl", until)
     if len(files) < 2 or files[0].name != "step-000000.jsonl":
         return {}
     before, after = (
@@ -156,9 +163,15 @@ def held_out_changes(log_history: list[dict[str, Any]]) -> list[tuple[str, float
     return rows
 
 
-def changes_table(log_history: list[dict[str, Any]], paired: dict[str, float] | None = None) -> str:
-    """Return :func:`held_out_changes` as a Markdown table; ``paired``: the standard errors of the changes themselves."""
+def changes_table(
+    log_history: list[dict[str, Any]], paired: dict[str, float] | None = None, until: int | None = None
+) -> str:
+    """Return :func:`held_out_changes` as a Markdown table.
+
+    ``paired``: the standard errors of the changes themselves. ``until``: as for :func:`paired_errors`.
+    """
     paired = paired or {}
+    log_history = [entry for entry in log_history if until is None or entry["step"] <= until]
     lines = ["| held-out measure | before | after | change |", "|---|---|---|---|"]
     for name, before, before_se, after, after_se in held_out_changes(log_history):
         start, change = (f"{before:.3f} ± {before_se:.3f}", f"{after - before:+.3f}")
@@ -185,16 +198,21 @@ def changed_settings(*settings: Any) -> dict[str, Any]:
     return changed
 
 
-def write_run_folder(folder: Path, log_history: list[dict[str, Any]], guards: Sequence[str] = (), **card: Any) -> None:
-    """Write the pictures and the model card of a finished run; ``card`` is what :func:`model_card` takes besides."""
+def write_run_folder(
+    folder: Path, log_history: list[dict[str, Any]], guards: Sequence[str] = (), until: int | None = None, **card: Any
+) -> None:
+    """Write the pictures and the model card of a finished run; ``card`` is what :func:`model_card` takes besides.
+
+    ``until``: as for :func:`paired_errors`.
+    """
     reward_curve(log_history, folder / "reward_curve.png", guards)
     pictures = ["reward_curve.png"]
-    grids = sorted((folder / "samples").glob("step-*.png"))
+    grids = _of_steps(folder, ".png", until)
     if len(grids) > 1 and grids[0].name == "step-000000.png":
         side_by_side(grids[0], grids[-1], folder / "before_after.png")
         pictures.append("before_after.png")
-    table = changes_table(log_history, paired_errors(folder))
-    text = model_card(title=folder.resolve().name, table=table, pictures=pictures, **card)
+    table = changes_table(log_history, paired_errors(folder, until), until)
+    text = model_card(exported=until, title=folder.resolve().name, table=table, pictures=pictures, **card)
     (folder / "README.md").write_text(text)
 
 
@@ -211,8 +229,12 @@ def model_card(
     settings: dict[str, Any],
     table: str,
     pictures: Sequence[str] = (),
+    exported: int | None = None,
 ) -> str:
-    """Return the README.md of a run folder: what it is, how to load it, what it was made from, what changed."""
+    """Return the README.md of a run folder: what it is, how to load it, what it was made from, what changed.
+
+    ``exported``: the update whose weights these are, where it is not the last one.
+    """
     base = f"base_model: {json.dumps(base_model)}\n" if base_on_hub else ""  # the hub refuses a name it does not know
     tags = "".join(
         f"- {tag}\n" for tag in ["text-to-image", "flow-align", algorithm.lower(), *(["lora"] if lora else [])]
@@ -220,7 +242,8 @@ def model_card(
     sections = [
         f"---\nlibrary_name: diffusers\n{base}tags:\n{tags}---",
         f"# {title}",
-        f"Trained with flow-align ({algorithm}) from `{base_model}`.",
+        f"Trained with flow-align ({algorithm}) from `{base_model}`."
+        + (f" These are the weights after update {exported}, the best ones." if exported is not None else ""),
         f"```python\n{loading_code}\n```",
         f"## Result\n\n{table}",
         *(f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures),

@@ -4,6 +4,7 @@ The Trainer's private methods of saving and loading are overridden here alone; t
 trainers override besides is how it draws a batch: ``_get_train_sampler`` and ``_prepare_inputs``.
 """
 
+import logging
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,17 @@ from align.engine.resume import ResumePlan
 from align.engine.settings import FlowConfig
 from align.engine.weights import WEIGHTS, EMACallback, load_trained, read_trained, trained_parameters
 from align.models.contract import FlowModel
-from align.parallel.sharding import Sharding, gathered_state, load_engine, save_trained_only, shard_frozen, zero_stage
+from align.parallel.sharding import (
+    Sharding,
+    gathered,
+    gathered_state,
+    load_engine,
+    save_trained_only,
+    shard_frozen,
+    zero_stage,
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -28,12 +39,14 @@ class HandedOn:
     """What one override of the Trainer's hooks leaves for another.
 
     resume: what the run goes on from. optimizer_order: names of what is trained, in the optimizer's order. writing_into:
-    where the checkpoint in progress is written before it gets its name.
+    where the checkpoint in progress is written before it gets its name. best: the update whose checkpoint was loaded at the
+    end of training, as the best one.
     """
 
     resume: ResumePlan = field(default_factory=ResumePlan)
     optimizer_order: list[str] = field(default_factory=list)
     writing_into: str | None = None
+    best: int | None = None
 
 
 class CheckpointingTrainer(Trainer):
@@ -143,6 +156,20 @@ class CheckpointingTrainer(Trainer):
         ordered = {name: trained[name] for name in self.handed_on.optimizer_order}
         engine = self.model_wrapped if self.is_deepspeed_enabled else None
         reshard(Path(checkpoint), written_under, ordered, self.optimizer, self.lr_scheduler, engine)
+
+    def _load_best_model(self) -> None:
+        # The Trainer would look for the whole transformer's weights.
+        folder, parameters = Path(str(self.state.best_model_checkpoint)), self.trained_parameters()
+        stored = read_trained(parameters, folder / WEIGHTS)
+        with torch.no_grad(), gathered(list(parameters.values()), write=True):
+            for name, parameter in parameters.items():
+                parameter.copy_(stored[name])
+        if self.ema:
+            self.ema.load(folder)
+        self.handed_on.best = self.state.best_global_step
+        if self.args.process_index == 0:
+            metric, value = self.args.metric_for_best_model, self.state.best_metric
+            logger.warning("exported is %s, the best by %s: %.4g", folder, metric, value)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         # The Trainer would look for the whole transformer's weights.

@@ -125,6 +125,10 @@ class FlowConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):  # type: ignore[has-type]
+            self.metric_for_best_model = (
+                "eval_reward"  # transformers' would be the loss, which online trainers have not
+            )
         super().__post_init__()
         check_launch(self)
         keep_zero3_from_loading()
@@ -139,6 +143,24 @@ class FlowConfig(TrainingArguments):
             raise ValueError(
                 "eval_strategy is set and there is no held-out data: give --eval_dataset_name, or eval_strategy: no"
             )
+
+    def check_best(self, rewards: bool, data: bool) -> None:
+        """Make sure that the measure of the best checkpoint is one that there is.
+
+        ``rewards``: whether samples of held-out prompts are scored; ``data``: whether there are held-out data, whose loss is
+        then the default.
+
+        Raises:
+            ValueError: it is the reward, and nothing is scored.
+        """
+        if self.metric_for_best_model not in ("reward", "eval_reward") or rewards:
+            return
+        if not data:
+            raise ValueError(
+                "the best checkpoint is chosen by eval_reward and no held-out samples are scored: give held-out prompts and "
+                "rewards, or metric_for_best_model"
+            )
+        self.metric_for_best_model, self.greater_is_better = "eval_loss", False
 
     def eval_plan(self) -> SamplingPlan:
         """Return how held-out images are sampled: by the plain ODE."""

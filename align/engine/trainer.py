@@ -21,11 +21,12 @@ from align.engine.resume import ResumePlan, clear_earlier_run, is_within, plan_r
 from align.engine.saving import CheckpointingTrainer, HandedOn
 from align.engine.settings import FlowConfig
 from align.engine.signals import InterruptCallback
-from align.engine.weights import EMACallback
+from align.engine.weights import EMACallback, FiniteCallback
 from align.maths.losses import LossResult
-from align.models.contract import FlowModel
+from align.models.contract import FlowModel, NotFinite
 from align.models.families import Deferred
-from align.models.loading import EMBEDDED
+from align.models.loading import EMBEDDED, nearest
+from align.models.trained import without_dropout
 from align.parallel.sharding import check_zero, gathered_state, keep_zero3_from_loading, zero_stage
 from align.sampling.held_out import check_columns, evaluate_prompts
 from rewards import Reward, RewardError, load_rewards
@@ -35,6 +36,10 @@ logger = logging.getLogger(__name__)
 
 #: A loaded model, its name, or one that is loaded once everything has been checked.
 ModelSource = FlowModel | str | Deferred
+
+
+class NotMeasured(RuntimeError):
+    """The measure by which the best checkpoint is chosen is not among the held-out ones."""
 
 
 def rows_as_they_are(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -61,7 +66,7 @@ class FlowTrainer(CheckpointingTrainer):
     #: What the seconds of a run are counted for.
     phases: tuple[str, ...] = ("data", "update")
     #: Errors that end a run with a checkpoint to resume from.
-    stops: tuple[type[Exception], ...] = (RewardError,)
+    stops: tuple[type[Exception], ...] = (RewardError, NotMeasured)
 
     def __init__(
         self,
@@ -81,6 +86,7 @@ class FlowTrainer(CheckpointingTrainer):
         check_columns(self.rewards, [*prompts, *self.guard_datasets.values()])
         self.check_data(args, train_dataset)
         args.check_evaluation(eval_prompts is not None or eval_dataset is not None)
+        args.check_best(eval_prompts is not None and bool(self.rewards), eval_dataset is not None)
         deferred = Deferred.of(model, peft_config)
         deferred.outline.latent_shape(args.height, args.width)
         check_zero(args, peft_config is not None or deferred.outline.adapter)
@@ -89,6 +95,7 @@ class FlowTrainer(CheckpointingTrainer):
         self.metrics = RunMetrics(self.phases)
         self.handed_on = HandedOn()
         self.interrupt = InterruptCallback()
+        self.finite = FiniteCallback(model.transformer)
         if peft_config is not None and model.adapter:
             raise ValueError("the model has an adapter already: give no peft_config, or load the model without it")
         set_seed(args.seed)  # before the adapter's initial weights are drawn, on every process alike
@@ -105,7 +112,7 @@ class FlowTrainer(CheckpointingTrainer):
             data_collator=rows_as_they_are,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset if eval_dataset is not None else eval_prompts,
-            callbacks=[self.interrupt, *(callbacks or [])],
+            callbacks=[self.finite, self.interrupt, *(callbacks or [])],
         )
         keep_zero3_from_loading()  # once more: the Trainer has set it again
         if self.is_deepspeed_enabled and not args.optim.startswith("adam"):
@@ -140,6 +147,11 @@ class FlowTrainer(CheckpointingTrainer):
         try:
             with self.metrics.models.attached(self.flow.timed_modules()):
                 return super().train(resume_from_checkpoint=plan.folder and str(plan.folder), **kwargs)
+        except NotFinite as error:  # what is in memory is not worth a checkpoint
+            good = checkpoints.last_good(Path(str(self.args.output_dir)))
+            raise NotFinite(
+                f"{error}: " + (f"the last good checkpoint is {good}" if good else "there is no checkpoint")
+            ) from error
         except self.stops:
             if self.state.global_step:  # nothing is lost: all updates up to here can be resumed from
                 self._save_checkpoint(self.model_wrapped, trial=None)
@@ -171,6 +183,7 @@ class FlowTrainer(CheckpointingTrainer):
     ) -> Tensor:
         """Return :meth:`loss` of a micro-batch, and log what it says."""
         result = self.loss(model, inputs)
+        self.finite.note(result.loss)
         self.metrics.record(**result.metrics)
         self.metrics.models.begin("backward")  # the Trainer runs it as soon as this returns, and has no hook around it
         return result.loss
@@ -234,8 +247,11 @@ class FlowTrainer(CheckpointingTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Measure and log, with the moving average of the weights if there is one."""
-        with self.averaged_weights(), self.metrics.paused():
+        with self.averaged_weights(), self.metrics.paused(), without_dropout(self.flow.transformer):
             metrics = self.held_out_metrics(eval_dataset, metric_key_prefix)
+        wanted = self.args.metric_for_best_model
+        if metric_key_prefix == "eval" and wanted is not None and f"eval_{wanted.removeprefix('eval_')}" not in metrics:
+            raise NotMeasured(f"metric_for_best_model {wanted!r} is not measured." + nearest(wanted, metrics.keys()))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -263,7 +279,8 @@ class FlowTrainer(CheckpointingTrainer):
         """
         self.export()  # first: nothing below may lose what was trained
         evaluated = [entry["step"] for entry in self.state.log_history if any(k.startswith("eval_") for k in entry)]
-        if self.eval_dataset is not None and evaluated[-1:] != [self.state.global_step]:
+        best = self.handed_on.best
+        if self.eval_dataset is not None and best is None and evaluated[-1:] != [self.state.global_step]:
             self.evaluate()
         history, folder = self.state.log_history, Path(self.args.output_dir)
         if self.is_world_process_zero():
@@ -278,8 +295,9 @@ class FlowTrainer(CheckpointingTrainer):
                 lora=self.flow.adapter,
                 data=data,
                 guards=list(self.guard_datasets),
+                until=best,
                 rewards=[f"{reward.name} (weight {shown(reward.weight)})" for reward in self.rewards],
                 settings=settings if settings is not None else reports.changed_settings(self.args),
             )
         self.accelerator.wait_for_everyone()
-        return reports.changes_table(history, reports.paired_errors(folder))
+        return reports.changes_table(history, reports.paired_errors(folder, best), best)

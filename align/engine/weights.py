@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerCallback
 
+from align.models.contract import NotFinite
 from align.parallel.sharding import full_shape, gathered
 
 #: In a checkpoint: the trained weights, and their moving average.
@@ -97,6 +99,29 @@ class WeightCopy:
                 self.average.restore(self.parameters())
 
 
+class FiniteCallback(TrainerCallback):
+    """Ends a run, on every process and before it saves, after an update whose loss or weights are NaN or infinite."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self._losses: list[torch.Tensor] = []
+
+    def note(self, loss: torch.Tensor) -> None:
+        """Remember the loss of a micro-batch."""
+        self._losses.append(loss.detach().float())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Of a weight that ZeRO-3 shards, this process's own piece.
+        pieces = [getattr(p, "ds_tensor", p).detach() for p in trained_parameters(self.model).values()]
+        norms = [get_total_norm([piece for piece in pieces if piece.numel()], float("inf")), *self._losses]
+        wrong = 1.0 - torch.stack([norm.to(args.device).isfinite() for norm in norms]).all().float()
+        self._losses = []
+        if args.world_size > 1:
+            torch.distributed.all_reduce(wrong, op=torch.distributed.ReduceOp.MAX)
+        if wrong.item():
+            raise NotFinite(f"after update {state.global_step} the loss or the weights are NaN or infinite")
+
+
 class EMACallback(TrainerCallback):
     """Exponential moving average of the trained parameters, stored beside each checkpoint.
 
@@ -112,7 +137,7 @@ class EMACallback(TrainerCallback):
         self.copy = WeightCopy(self.trainer.model, args.ema_decay)
         if state.global_step:
             assert self.resumed_from is not None
-            self.copy.load(self.resumed_from / EMA_WEIGHTS)
+            self.load(self.resumed_from)
             self.copy.average.optimization_step = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -124,6 +149,11 @@ class EMACallback(TrainerCallback):
         """Write the average into a checkpoint."""
         assert self.copy is not None
         self.copy.save(folder / EMA_WEIGHTS)
+
+    def load(self, folder: Path) -> None:
+        """Read the average of a checkpoint of this run."""
+        assert self.copy is not None
+        self.copy.load(folder / EMA_WEIGHTS)
 
     def applied(self) -> AbstractContextManager[None]:
         """Enter a context in which the model carries the average; its own weights come back afterwards."""

@@ -44,15 +44,18 @@ def _grouped(values: Tensor, num_generations: int) -> Tensor:
     return values.view(-1, num_generations, *values.shape[1:])
 
 
-def _centre(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return scores (P, G) less their group's mean, the group's sample std (P, 1), and which rows are live (P, G)."""
+def _centre(scores: Tensor, dead_spread: float = DEAD_SPREAD) -> tuple[Tensor, Tensor, Tensor]:
+    """Return scores (P, G) less their group's mean, the group's sample std (P, 1), and which rows are live (P, G).
+
+    ``dead_spread``: a group is dead whose scores differ by less, beside the rounding of float32.
+    """
     known = ~scores.isnan()
     count = known.sum(1, keepdim=True)
     centred = scores - scores.nansum(1, keepdim=True) / count.clamp(min=1)
     std = (centred.nan_to_num() ** 2).sum(1, keepdim=True).div((count - 1).clamp(min=1)).sqrt()
     largest = scores.masked_fill(~known, -torch.inf).amax(1, keepdim=True)
     smallest = scores.masked_fill(~known, torch.inf).amin(1, keepdim=True)
-    rounding = DEAD_SPREAD + DEAD_ULPS * scores.nan_to_num().abs().amax(1, keepdim=True)
+    rounding = dead_spread + DEAD_ULPS * scores.nan_to_num().abs().amax(1, keepdim=True)
     live = known & (count >= 2) & (largest - smallest > rounding)
     return centred.masked_fill(~live, 0.0), std, live
 
@@ -185,9 +188,12 @@ def _normalize_then_sum(rewards: Tensor, weights: Tensor, total: Tensor) -> tupl
     advantages = torch.zeros_like(total)
     for column, weight in zip(rewards.unbind(1), weights.unbind(1), strict=True):
         if weight.any():
-            # Only images that every reward scored are compared: each column is centred on the same rows.
-            centred, std, _ = _centre(_grouped(column, total.shape[1]).masked_fill(~scored, torch.nan))
-            advantages = advantages + weight.to(centred).view(centred.shape) * centred / (std + EPSILON)
+            # Only images that every reward scored are compared: each column is centred on the same rows. EPSILON is of
+            # the column's own spread, and no spread is too small: a reward weighs the same in whatever units it counts.
+            centred, std, alive = _centre(_grouped(column, total.shape[1]).masked_fill(~scored, torch.nan), 0.0)
+            groups = alive.any(1, keepdim=True)
+            usual = std[groups].mean() if groups.any() else std.new_ones(())
+            advantages = advantages + weight.to(centred).view(centred.shape) * centred / (std + EPSILON * usual)
     live = scored & (advantages.abs().amax(1, keepdim=True) > DEAD_NORMALIZED)
     advantages = advantages.masked_fill(~live, 0.0)
     # Every column is centred in its group already, so that normalising over the batch is a division.

@@ -93,16 +93,17 @@ def dpo_loss(
     """Return the preference loss on flow-matching errors. Report eq. 3 (with Diffusion-DPO, arXiv 2311.12908, eq. 14).
 
     Each error, (P,), is :func:`flow_matching_loss` of one image of the pair, by the policy (with gradient) or by the
-    reference, all four at the same noise and noise level. The implicit reward of an image is beta x (its error under
-    the reference - its error under the policy), and h is the reward of the chosen less that of the rejected:
+    reference, all four at the same noise and noise level. The implicit reward of an image is beta / 2 x (its error
+    under the reference - its error under the policy): the squares of a Gaussian's exponent stand over 2, so that a published
+    beta means here what it means there. h is the reward of the chosen less that of the rejected:
 
     - ``sigmoid``: -(1 - label_smoothing) log sigmoid(h) - label_smoothing log sigmoid(-h), log 2 at the start;
       label_smoothing is the share of pairs believed to be labelled the wrong way round (cDPO), in [0, 0.5);
     - ``hinge``: max(0, 1 - h) (SLiC);
     - ``ipo``: (h / beta - 1 / (2 beta))^2 (IPO, arXiv 2310.12036, eq. 17).
     """
-    chosen_reward = beta * (chosen_error_ref.detach() - chosen_error)
-    rejected_reward = beta * (rejected_error_ref.detach() - rejected_error)
+    chosen_reward = 0.5 * beta * (chosen_error_ref.detach() - chosen_error)
+    rejected_reward = 0.5 * beta * (rejected_error_ref.detach() - rejected_error)
     h = chosen_reward - rejected_reward
     if loss_type == "sigmoid":
         loss = -(1 - label_smoothing) * logsigmoid(h) - label_smoothing * logsigmoid(-h)

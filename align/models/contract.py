@@ -23,6 +23,10 @@ class Request:
     images: tuple[ImageSource, ...] = ()
 
 
+class NotFinite(FloatingPointError):
+    """Weights, a loss or pixels are NaN or infinite: nothing that follows would mean anything."""
+
+
 class FlowModel(Protocol):
     """A flow-matching image model: a denoiser that is trained, and frozen modules around it.
 
@@ -61,7 +65,11 @@ class FlowModel(Protocol):
         ...
 
     def decode_latents(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
-        """Return the images of clean ``latents``."""
+        """Return the images of clean ``latents``.
+
+        Raises:
+            NotFinite: some pixel is NaN or infinite, which would pass for black.
+        """
         ...
 
     def fingerprint(self, module: str) -> str:

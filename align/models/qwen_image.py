@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 from align.maths.flow import guided_velocity
-from align.models.contract import Request
+from align.models.contract import NotFinite, Request
 from align.models.loading import digest_module
 from align.models.qwen_vae import speed_up_images
 from align.models.trained import TrainedTransformer
@@ -185,6 +185,8 @@ class QwenImage(TrainedTransformer):
         mean, std = self._latent_statistics()
         with self._at_work(self.pipeline.vae) as vae:
             pixels = vae.decode((unpacked.to(self.device) * std + mean).to(vae.dtype), return_dict=False)[0][:, :, 0]
+        if not pixels.isfinite().all():
+            raise NotFinite("pixels of an image are NaN or infinite")
         return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
 
     # -- geometry and schedule -----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
 from huggingface_hub import save_torch_state_dict
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
@@ -127,12 +127,22 @@ class TrainedTransformer:
 
     def load_adapter(self, folder: str | Path) -> None:
         """Load the LoRA in ``folder``, to train it further, at the strength that its metadata says."""
-        self.pipeline.load_lora_weights(folder, adapter_name=TRAINED)
+        self._load_lora(folder, TRAINED)
         self.transformer.requires_grad_(False)
         for name, parameter in self.transformer.named_parameters():
             parameter.requires_grad_(f".{TRAINED}." in name and not self._is_dead(name))
-        cast_training_params(self.transformer, dtype=torch.float32)
         self.expect_adapter(folder)
+
+    def _load_lora(self, folder: str | Path, adapter: str) -> None:
+        """Load the LoRA in ``folder`` in float32, as it is in the file, whatever the precision of the frozen weights."""
+        self.pipeline.load_lora_weights(folder, adapter_name=adapter)
+        for name, parameter in self.transformer.named_parameters():
+            if f".{adapter}." in name:
+                parameter.data = parameter.data.float()
+        # Once more: what was loaded has been through the precision of the frozen weights.
+        stored = self.pipeline.lora_state_dict(folder)
+        weights = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
+        set_peft_model_state_dict(self.transformer, weights, adapter_name=adapter)
 
     def expect_adapter(self, folder: str | Path) -> None:
         """Say that what is trained is the adapter in ``folder``; its weights may come later."""
@@ -157,7 +167,7 @@ class TrainedTransformer:
         if not self.adapter:
             self._reference_copy = copy.deepcopy(self.transformer).eval().requires_grad_(False)
         elif self._adapter_folder is not None:  # the policy started from this adapter: so does the reference
-            self.pipeline.load_lora_weights(self._adapter_folder, adapter_name=REFERENCE)
+            self._load_lora(self._adapter_folder, REFERENCE)
             self._activate(TRAINED)
 
     def share_reference(self, share: Callable[[nn.Module], nn.Module]) -> None:
@@ -177,7 +187,8 @@ class TrainedTransformer:
         elif REFERENCE in getattr(self.transformer, "peft_config", {}):
             self._activate(REFERENCE)
             try:
-                yield transformer
+                with without_dropout(self.transformer):
+                    yield transformer
             finally:
                 self._activate(TRAINED)
         elif self.adapter:
@@ -214,6 +225,19 @@ class TrainedTransformer:
         weights = f'{transformer}.from_pretrained("{folder}", subfolder="transformer", dtype=torch.bfloat16)'
         loading = f'pipe.load_lora_weights("{folder}")' if self.adapter else f"pipe.transformer = {weights}"
         return "\n".join([*imports, "", f"pipe = {pipeline}.from_pretrained({base}, dtype=torch.bfloat16)", loading])
+
+
+@contextmanager
+def without_dropout(module: nn.Module) -> Iterator[None]:
+    """Enter a context in which a module drops nothing at random, whatever mode training has left it in."""
+    dropping = [part for part in module.modules() if isinstance(part, nn.Dropout) and part.p and part.training]
+    for part in dropping:
+        part.eval()
+    try:
+        yield
+    finally:
+        for part in dropping:
+            part.train()
 
 
 def name_as_transformers_does(transformer: Any) -> None:

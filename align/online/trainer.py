@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor
 from transformers import TrainerCallback
-from trl.trainer.utils import RepeatSampler
+from trl.trainer.utils import RepeatSampler, disable_dropout_in_model
 
 from align.engine import reports
 from align.engine.trainer import FlowTrainer, ModelSource
@@ -116,6 +116,12 @@ class OnlineTrainer(FlowTrainer):
             peft_config=peft_config,
             callbacks=callbacks,
         )
+        dropped = max((m.p for m in self.flow.transformer.modules() if isinstance(m, torch.nn.Dropout)), default=0)
+        if dropped:
+            disable_dropout_in_model(self.flow.transformer)
+            logger.warning(
+                "the adapter's dropout of %s is left out: sampling and replay would see two policies", dropped
+            )
         self._buffer: Any = None
         self._micro_step: int | None = None  # micro-batches taken since the start of the run
         self._writer: Any = None  # of what save_rollouts keeps

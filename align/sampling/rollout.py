@@ -1,7 +1,7 @@
 """Rollout: requests to images, with a record of every stochastic step."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from align.maths.flow import Reduction, SDEType, Solver, StochasticSampler, Transition, ab2_velocity, ode_step
-from align.models.contract import FlowModel, Request
+from align.models.contract import FlowModel, NotFinite, Request
+from align.models.trained import without_dropout
 from align.sampling.noise import ImageKey, distinct, seeded_noise
 
 
@@ -69,7 +70,8 @@ class Rollout:
 
     latents: (N, tokens, channels) clean latents. images: N decoded images. steps: the stochastic steps' indices.
     transitions: one record of N rows for each of ``steps``. sampler: the policy's noise schedule. forwards:
-    transformer forwards of one image that it took.
+    transformer forwards of one image that it took. finite: no pixel is NaN or infinite; images of a chunk in which one is
+    are black.
     """
 
     latents: Tensor
@@ -77,7 +79,8 @@ class Rollout:
     steps: tuple[int, ...]
     transitions: list[Transition]
     sampler: StochasticSampler
-    forwards: int = field(default=0)
+    forwards: int = 0
+    finite: bool = True
 
 
 #: velocity(latents, sigma, conditions) -> (B, tokens, channels)
@@ -111,24 +114,25 @@ def rollout(
 ) -> Rollout:
     """Sample one image for each request and key.
 
-    Images that begin with the same noise have the steps before the first stochastic one, and that step's own velocity,
-    computed once for all of them.
+    What images that begin with the same noise share, up to the velocity of the first stochastic step, is computed once.
 
     Args:
         requests, keys: N of each; repeat a request to make a group.
         transformer: the launcher's wrapper to run, ``model.transformer`` by default.
-        initial_latents: (N, tokens, channels) to start from, instead of noise drawn from the keys.
-        show_progress: a progress bar over the denoising steps.
-        on_images: called with every chunk's place among the N and its images, before the next chunk is sampled.
+        initial_latents: (N, tokens, channels) to start from, instead of the keys' noise. show_progress: a bar over steps.
+        on_images: called with a chunk's place among the N and its finite images, before the next chunk is sampled.
     """
     sigmas = model.sigmas(plan.num_inference_steps, plan.height, plan.width).to(model.device)
     conditions, count = model.encode(requests), len(requests)
     starts, first, start_of = _starts(keys, model.latent_shape(plan.height, plan.width), initial_latents)
     shared = plan.shared_velocities if len(first) < count else 0
     own = plan.num_inference_steps - shared  # velocities that each image needs for itself
-    latents, images, records = [], [], []
+    latents, images, records, finite = [], [], [], True
     calls = _chunks(len(first), plan) * shared + _chunks(count, plan) * own
-    with tqdm(total=calls, desc="rollout", leave=False, disable=not show_progress) as bar:
+    with (
+        without_dropout(model.transformer),
+        tqdm(total=calls, desc="rollout", leave=False, disable=not show_progress) as bar,
+    ):
         velocity = _counting(velocity_fn(model, plan, transformer), bar)
         known = None
         if shared:
@@ -143,10 +147,11 @@ def rollout(
             )
             latents.append(clean)
             records.append(transitions)
-            decoded = model.decode_latents(clean, plan.height, plan.width)
-            images += decoded
-            if on_images is not None:
+            decoded = _decoded(model, clean, plan)
+            finite &= decoded is not None
+            if decoded and on_images is not None:
                 on_images(chunk, decoded)
+            images += decoded or [Image.new("RGB", (plan.width, plan.height)) for _ in clean]
     return Rollout(
         latents=torch.cat(latents),
         images=images,
@@ -154,7 +159,16 @@ def rollout(
         transitions=[Transition.cat(list(chunks)) for chunks in zip(*records, strict=True)],
         sampler=plan.sampler(sigmas),
         forwards=(len(first) * shared + count * own) * plan.forwards_per_velocity,
+        finite=finite,
     )
+
+
+def _decoded(model: FlowModel, latents: Tensor, plan: SamplingPlan) -> list[Image.Image] | None:
+    """Decode latents; None where a pixel is not finite, which is told at the end: others may wait for the forwards."""
+    try:
+        return model.decode_latents(latents, plan.height, plan.width)
+    except NotFinite:
+        return None
 
 
 def denoise(

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from align.models.contract import FlowModel, Request
+from align.models.contract import FlowModel, NotFinite, Request
 from align.sampling.noise import ImageKey
 from align.sampling.rollout import Rollout, SamplingPlan, rollout
-from align.sampling.scorer import BackgroundScorer, Failure
+from align.sampling.scorer import NOT_FINITE, BackgroundScorer, Failure
 from rewards import Reward
 
 
@@ -33,6 +33,8 @@ class ScoredSamples:
 
     def local_scores(self) -> tuple[list[list[float]], list[Failure]]:
         """Wait for the scores, see :meth:`BackgroundScorer.local_scores`; asks no other process."""
+        if not self.rollout.finite:
+            raise NotFinite(NOT_FINITE)
         with self.scorer:
             return self.scorer.local_scores()
 
@@ -66,5 +68,6 @@ def sample_and_score(
             show_progress=show_progress,
             on_images=scorer.add,
         )
+        scorer.finite = drawn.finite
         stack.pop_all()  # an error while sampling ends the scorer; from here on whoever reads the scores does
     return ScoredSamples(drawn, scorer)

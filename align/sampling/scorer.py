@@ -14,9 +14,12 @@ import torch
 from accelerate.utils import gather_object
 from PIL import Image
 
+from align.models.contract import NotFinite
 from rewards import Reward, RewardError, score
 
 logger = logging.getLogger(__name__)
+
+NOT_FINITE = "images were sampled whose pixels are NaN or infinite; they are not scored"
 
 #: (scores of each reward, what each failing reward said), as :func:`rewards.score` gives them.
 Scored = tuple[list[list[float]], dict[str, str]]
@@ -89,6 +92,8 @@ class BackgroundScorer:
         self.rewards, self.rows = rewards, rows
         #: Seconds that rewards took, hidden behind the sampling or not.
         self.seconds = 0.0
+        #: Whether all images have pixels that are numbers; set when they are sampled.
+        self.finite = True
         self._chunks: list[tuple[slice, Future[Scored]]] = []
         self._device = device if device is not None and device.type == "cuda" else None
         self._queue: SimpleQueue[tuple[slice, list[Image.Image], Future[Scored]] | None] = SimpleQueue()
@@ -158,7 +163,8 @@ class BackgroundScorer:
         """Return :meth:`local_scores`, once all processes have agreed on going on; called on every process.
 
         Raises RewardError, on every process or on none, when a reward broke its contract anywhere or failed for a
-        larger share of all processes' images than ``max_failed_fraction``; a smaller failure is logged.
+        larger share of all processes' images than ``max_failed_fraction``; a smaller failure is logged. NotFinite, alike,
+        when some image has pixels that are not numbers.
         """
         table, failed, broken = list[list[float]](), list[Failure](), None
         try:
@@ -169,7 +175,11 @@ class BackgroundScorer:
             broken = f"scoring failed: {type(error).__name__}: {error}"
             logger.exception("scoring failed")
         failures = Failures(max_failed_fraction)
-        for images, failed_there, broken_there in gather_object([(len(self.rows), failed, broken)]):
+        for images, failed_there, broken_there, finite in gather_object(
+            [(len(self.rows), failed, broken, self.finite)]
+        ):
+            if not finite:
+                raise NotFinite(NOT_FINITE)
             if broken_there is not None:
                 raise RewardError(broken_there)
             failures.add(images, failed_there)

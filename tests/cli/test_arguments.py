@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from align.tiny import CHECKPOINT, PROMPTS
 
 torch.set_num_threads(1)
 
+ROOT = Path(__file__).parents[2]
 TYPES = (DataArguments, ModelArguments, GRPOConfig)
 REWARD = "def score(images, prompts):\n    return [0.0 for _ in images]\n"
 
@@ -325,6 +329,25 @@ def test_a_resolution_of_whole_tokens_is_fine(height, width):
 def test_a_resolution_that_does_not_divide_names_the_nearest(height, width, message):
     with pytest.raises(ValueError, match=message):
         outline("tiny").latent_shape(height, width)
+
+
+# --- Other people's modules ---
+
+
+def test_a_door_by_its_path_does_not_lend_its_folders_to_rewards(monkeypatch):
+    """`from metrics import x` in a reward once got a file of ours."""
+    own = str(ROOT / "align")
+    monkeypatch.setattr(sys, "path", [own, *sys.path])
+    with pytest.raises(ValueError, match="unknown option"):
+        parse((ModelArguments,), ["--no_such"])
+    assert own not in sys.path
+
+
+@pytest.mark.parametrize("name", ["rewards", "preference_data"])
+def test_a_file_that_hides_a_package_of_ours_is_named(tmp_path, name):
+    (tmp_path / f"{name}.py").write_text("")
+    ended = subprocess.run([sys.executable, "-c", "import align"], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode != 0 and f"{name}.py hides the package '{name}' of flow-align: rename" in ended.stderr
 
 
 # --- Embedded data ---

@@ -37,9 +37,12 @@ def losses(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def sft(folder, data=None, **overrides) -> SFTTrainer:
+def sft(folder, data=None, peft_config=None, eval_dataset=None, **overrides) -> SFTTrainer:
+    """``eval_dataset``: True for the first of the training data."""
     data = data if data is not None else read_captioned(GROUNDED)
-    return SFTTrainer(load_model("tiny"), SFTConfig(**settings(folder, **overrides)), data, peft_config=lora())
+    held_out = list(data)[:4] if eval_dataset is True else eval_dataset
+    args = SFTConfig(**settings(folder, **overrides))
+    return SFTTrainer(load_model("tiny"), args, data, held_out, peft_config=peft_config or lora())
 
 
 def some_pairs() -> list[Pair]:
@@ -51,6 +54,8 @@ def some_pairs() -> list[Pair]:
     ]
 
 
-def dpo(folder, pairs=None, **overrides) -> DPOTrainer:
-    args = DPOConfig(**settings(folder, beta=30.0, **overrides))
-    return DPOTrainer(load_model("tiny"), args, pairs or some_pairs(), peft_config=lora())
+def dpo(folder, pairs=None, peft_config=None, eval_dataset=None, **overrides) -> DPOTrainer:
+    args = DPOConfig(**settings(folder, beta=60.0, **overrides))
+    pairs = pairs or some_pairs()
+    held_out = pairs[:2] if eval_dataset is True else eval_dataset
+    return DPOTrainer(load_model("tiny"), args, pairs, held_out, peft_config=peft_config or lora())

@@ -209,10 +209,10 @@ def test_a_reward_that_scored_some_images_of_a_prompt_leaves_the_others_unscored
 
 
 def test_normalize_then_sum_equals_hand_numbers():
-    # Column 1: group 1 is 0, 1: -c, c with c = 0.5 / 0.70720678 = 0.70700679; group 2 is constant: 0. Column
-    # 2: group 1 constant; group 2 is 3, 1: d, -d with d = 1 / 1.41431356 = 0.70705678. With weights 2 and 1:
+    # Column 1: group 1 is 0, 1: -c, c with c = 0.5 / (0.70710678 (1 + 1e-4)) = 0.70703608; group 2 is constant: 0. Column
+    # 2: group 1 constant; group 2 is 3, 1: d, -d with d = 1 / (1.41421356 (1 + 1e-4)) = 0.70703608. With weights 2 and 1:
     # -2c, 2c, d, -d, mean 0, batch std sqrt((8 c^2 + 2 d^2) / 3) = 1.29094... (n - 1 = 3).
-    c, d = 0.70700679, 0.70705678
+    c = d = 0.70703608
     rewards = torch.tensor([[0.0, 4.0], [1.0, 4.0], [6.0, 3.0], [6.0, 1.0]])
     found = group_advantages(rewards, 2, torch.tensor([2.0, 1.0]), aggregation="normalize_then_sum")
     std = math.sqrt((8 * c**2 + 2 * d**2) / 3)
@@ -223,16 +223,16 @@ def test_normalize_then_sum_equals_hand_numbers():
 
 @pytest.mark.parametrize("column", [0, 1])
 def test_normalize_then_sum_does_not_see_the_scale_or_offset_of_a_reward(column):
-    # Only the 1e-4 beside a std of about 0.3 is left: 3e-4 relative, of advantages up to 3.
-    rewards = rand(24, 2, seed=22)
-    scaled = rewards.clone()
-    scaled[:, column] = 1000 * scaled[:, column] + 50
-    change = {}
-    for aggregation in AGGREGATIONS:
-        plain, found = (group_advantages(r, 6, aggregation=aggregation).advantages for r in (rewards, scaled))
-        change[aggregation] = (found - plain).abs().max()
-    assert change["normalize_then_sum"] < 2e-3
-    assert change["sum_then_normalize"] > 0.3  # drowned by the large reward
+    rewards = rand(24, 2, seed=22).double()
+    for scale, offset in ((1000.0, 50.0), (1e-4, 0.0), (1e-9, 0.0), (1e-4, -0.2)):
+        scaled = rewards.clone()
+        scaled[:, column] = scale * scaled[:, column] + offset
+        change = {}
+        for aggregation in AGGREGATIONS:
+            plain, found = (group_advantages(r, 6, aggregation=aggregation).advantages for r in (rewards, scaled))
+            change[aggregation] = (found - plain).abs().max()
+        assert change["normalize_then_sum"] < 1e-6, scale
+        assert change["sum_then_normalize"] > 0.3  # drowned by the larger reward
 
 
 def test_normalize_then_sum_has_unit_std_over_the_scored_images():
@@ -259,10 +259,11 @@ def test_normalize_then_sum_ignores_a_reward_that_does_not_apply_to_a_prompt():
     # The second prompt has reward 1 alone: its advantages are those of reward 1 normalised, over the batch
     # std.
     rewards = torch.tensor([[0.0, 1.0], [1.0, 2.0], [1.0, NAN], [3.0, NAN]])
-    c, d = 0.70700679, 0.70705678  # of a pair one apart and of a pair two apart, as above
-    std = math.sqrt((2 * (2 * c) ** 2 + 2 * d**2) / 3) + 1e-4
+    # Column 1 has stds 0.70710678 and 1.41421356, 1.06066017 in the mean, of which 1e-4 is added: c and d. Column 2: e.
+    c, d, e = 0.5 / 0.70721285, 1 / 1.41431963, 0.70703608
+    std = math.sqrt((2 * (c + e) ** 2 + 2 * d**2) / 3) + 1e-4
     found = group_advantages(rewards, 2, aggregation="normalize_then_sum").advantages
-    assert found.tolist() == pytest.approx([-2 * c / std, 2 * c / std, -d / std, d / std], abs=1e-6)
+    assert found.tolist() == pytest.approx([-(c + e) / std, (c + e) / std, -d / std, d / std], abs=1e-6)
 
 
 def test_rewards_that_cancel_within_a_group_are_dead_when_normalised():

@@ -251,18 +251,27 @@ def errors(*values: float) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("loss_type", "expected"),
-    # Rewards 4 (0.50 - 0.25) = 1 and 4 (0.50 - 0.75) = -1: h = 2.
-    [("sigmoid", math.log(1 + math.exp(-2))), ("hinge", 0.0), ("ipo", (0.5 - 0.125) ** 2)],
+    # Rewards 8/2 (0.50 - 0.25) = 1 and 8/2 (0.50 - 0.75) = -1: h = 2.
+    [("sigmoid", math.log(1 + math.exp(-2))), ("hinge", 0.0), ("ipo", (0.25 - 0.0625) ** 2)],
 )
 def test_dpo_losses_by_hand(loss_type, expected):
-    result = dpo_loss(*errors(0.25, 0.75, 0.5, 0.5), beta=4.0, loss_type=loss_type)
+    result = dpo_loss(*errors(0.25, 0.75, 0.5, 0.5), beta=8.0, loss_type=loss_type)
     assert result.loss.item() == pytest.approx(expected, abs=1e-12)
     assert (result.chosen_reward.item(), result.rejected_reward.item(), result.accuracy.item()) == (1.0, -1.0, 1.0)
 
 
+def test_a_published_beta_means_what_it_means_in_the_code_of_diffusion_dpo():
+    """Its train.py: -logsigmoid(-0.5 beta (model_diff - ref_diff)), on the 2000 it trained Stable Diffusion 1.5 with."""
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected, chosen_ref, rejected_ref = torch.rand(4, 50, generator=generator, dtype=torch.float64) / 500
+    theirs = -torch.nn.functional.logsigmoid(-0.5 * 2000 * ((chosen - rejected) - (chosen_ref - rejected_ref)))
+    assert torch.allclose(dpo_loss(chosen, rejected, chosen_ref, rejected_ref, 2000).loss, theirs, rtol=1e-12)
+    assert theirs.std() > 0.3
+
+
 def test_dpo_label_smoothing_by_hand():
     # h = -2: 0.9 log(1 + e^2) + 0.1 log(1 + e^-2) = 0.9 x 2.126928 + 0.1 x 0.126928
-    result = dpo_loss(*errors(0.75, 0.25, 0.5, 0.5), beta=4.0, label_smoothing=0.1)
+    result = dpo_loss(*errors(0.75, 0.25, 0.5, 0.5), beta=8.0, label_smoothing=0.1)
     assert result.loss.item() == pytest.approx(1.926928, abs=1e-6) and result.accuracy.item() == 0.0
 
 

@@ -26,7 +26,7 @@ def full(algorithm: str, folder, **overrides):
     model, more = load_model("tiny"), {"learning_rate": 1e-3, **overrides}
     if algorithm == "sft":
         return SFTTrainer(model, SFTConfig(**settings(folder, **more)), read_captioned(GROUNDED))
-    return DPOTrainer(model, DPOConfig(**settings(folder, beta=30.0, **more)), some_pairs())
+    return DPOTrainer(model, DPOConfig(**settings(folder, beta=60.0, **more)), some_pairs())
 
 
 def test_a_style_lora_draws_the_same_images_in_a_stock_pipeline(tmp_path):
