@@ -33,7 +33,11 @@ class Elsewhere(RunsElsewhere):
 def test_the_contract_imports_nothing_from_where_rewards_run():
     tree = ast.parse(Path(contract.__file__).read_text())
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {module for module in modules if module.startswith("rewards.")} == {"rewards.hints", "rewards.threads", "rewards.weights"}
+    assert {module for module in modules if module.startswith("rewards.")} == {
+        "rewards.hints",
+        "rewards.threads",
+        "rewards.weights",
+    }
 
 
 def test_a_reward_that_runs_elsewhere_checks_the_values_of_the_columns_that_it_takes():
