@@ -181,8 +181,8 @@ def preference(
 ) -> Callable[..., list[float | None]]:
     """Make a reward that prefers some values of an attribute that the prompt leaves open.
 
-    It is 1.0 if the attribute has one of the values and everything the prompt asks for is right, else 0.0; None if the prompt itself
-    says the attribute.
+    It is 1.0 if the attribute has one of the values and everything the prompt asks for is right, else 0.0; None if the
+    prompt itself says the attribute.
 
     Args:
         attribute: "background", "color", "shape" or "n".

@@ -1,5 +1,6 @@
 """Settings that every algorithm here shares, over transformers' own, and what a setting says of itself."""
 
+import logging
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
@@ -7,6 +8,8 @@ from transformers import TrainingArguments
 
 from align.parallel.sharding import check_launch, keep_zero3_from_loading
 from align.sampling.rollout import SamplingPlan
+
+logger = logging.getLogger(__name__)
 
 
 class Help(str):
@@ -161,6 +164,8 @@ class FlowConfig(TrainingArguments):
                 "rewards, or metric_for_best_model"
             )
         self.metric_for_best_model, self.greater_is_better = "eval_loss", False
+        if self.process_index == 0:
+            logger.warning("the best checkpoint is chosen by eval_loss: no held-out samples are scored")
 
     def eval_plan(self) -> SamplingPlan:
         """Return how held-out images are sampled: by the plain ODE."""

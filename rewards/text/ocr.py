@@ -83,6 +83,7 @@ class Ocr:
         }
         #: Images not scored because the recogniser does not know a character of their target.
         self.unsupported = 0
+        self._told_of_length = False
         self.__signature__ = self._signature()  # from which the registry takes the data column's name
         self._lock = threading.Lock()  # the engine keeps the settings of a call
         self._engine = _engine(threads, min_confidence)
@@ -130,7 +131,11 @@ class Ocr:
 
     def _score(self, image: Image.Image, target: str) -> float | None:
         if len(target) > MAX_TARGET:
-            logger.warning("ocr: a target of %d characters is not scored: at most %d", len(target), MAX_TARGET)
+            if not self._told_of_length:
+                logger.warning(
+                    "ocr: a target of %d characters is not scored: at most %d; logged once", len(target), MAX_TARGET
+                )
+            self._told_of_length = True
             return None
         characters = normalise(target, ignore_case=False)
         unknown = sorted({c for c in characters if c not in self._known_characters and not c.isspace()})

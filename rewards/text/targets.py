@@ -10,8 +10,8 @@ _PAIRS |= {"『": ("『』", "』"), "＂": ("＂", "＂"), '"': ('"', '"')}
 _ENDS = {opening: (re.compile(f"[{marks}]"), closing) for opening, (marks, closing) in _PAIRS.items()}
 # An apostrophe before a letter or digit is one of the text's own (don't), where others close it.
 _ENDS |= {"'": (re.compile(r"'(?![A-Za-z0-9])|\n"), "'"), "‘": (re.compile(r"‘|’(?![A-Za-z0-9])"), "’")}
-# After a letter or digit a straight mark does not open a quote: it is an apostrophe (don't, the dogs') or inches (5" x 7").
 _CURLY = "".join(mark for mark in _ENDS if not mark.isascii())
+# After a letter or digit a straight mark does not open a quote: it is an apostrophe (don't, the dogs') or inches (5" x 7").
 _OPENING = re.compile(rf"(?<![A-Za-z0-9])(?:\"|'(?! ))|[{_CURLY}]")
 #: Marks that look alike, which a recogniser may confuse, and the one that all become.
 _ALIKE = str.maketrans("‘’‛′“”„‟″–—−‐‑", '\'\'\'\'"""""-----')

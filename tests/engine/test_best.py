@@ -64,10 +64,11 @@ def test_the_best_checkpoint_is_exported(tmp_path, tuning, strategy):
     assert "the weights after update 1, the best ones" in (tmp_path / "README.md").read_text()
 
 
-def test_without_rewards_the_loss_decides(tmp_path):
+def test_without_rewards_the_loss_decides(tmp_path, caplog):
     saving = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     run = sft(tmp_path, eval_dataset=True, load_best_model_at_end=True, **saving)
     assert run.args.metric_for_best_model == "eval_loss" and not run.args.greater_is_better
+    assert "chosen by eval_loss: no held-out samples are scored" in caplog.text
     run.train()
     run.finish("tiny", "images")
     losses = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
