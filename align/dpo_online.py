@@ -108,15 +108,15 @@ class OnlineDPOTrainer(OnlineTrainer):
         args = self.args
         drawn, rewards, weights = self.sample(rows, rollout_index)
         pairs = best_worst(rewards, args.num_generations, weights, args.min_margin)
-        self.record_rewards(rewards, pairs.rewards, 1.0 - pairs.live.float().mean().item())
+        self.record_rewards(rewards, pairs.rewards, 1.0 - pairs.informative.float().mean().item())
         # Every process knows all pairs and takes its share of them, wherever they were sampled.
         latents = self.accelerator.gather(drawn.latents).cpu()
         requests = gather_object(requests_of(rows))
-        indices = torch.stack([pairs.best, pairs.worst], 1)[pairs.live]
+        indices = torch.stack([pairs.best, pairs.worst], 1)[pairs.informative]
         return PairBuffer(
             latents=latents[indices],
             requests=[requests[best] for best in indices[:, 0].tolist()],
-            groups=pairs.live.nonzero().flatten().tolist(),
+            groups=pairs.informative.nonzero().flatten().tolist(),
             rollout_index=rollout_index,
             seed=args.seed,
             group_count=args.groups_per_rollout,

@@ -203,7 +203,7 @@ class GRPOTrainer(OnlineTrainer):
         first = args.process_index * len(rows)
         buffer = self.image_buffer(
             rows,
-            group.live,
+            group.informative,
             rollout_index,
             transitions=Transition.cat(drawn.transitions),
             advantages=group.advantages[first : first + len(rows)].to(drawn.latents.device),

@@ -183,7 +183,7 @@ class NFTTrainer(OnlineTrainer):
             optimality = 0.5 + group.advantages / (2 * args.advantage_clip)
             buffer = self.image_buffer(
                 rows,
-                group.live,
+                group.informative,
                 rollout_index,
                 latents=drawn.latents,
                 sigma=self._draw_sigma(first, len(rows), rollout_index).to(device),

@@ -110,8 +110,8 @@ def _call(reward: Reward, images: list[Image.Image], prompts: list[str], columns
     taken = {name: columns[name] for name in (columns if reward.columns is None else reward.columns) if name in columns}
     if isinstance(reward.function, RunsElsewhere):  # it sends them away
         return reward.function(images=images, prompts=prompts, **taken)
-    own = [image.copy() if isinstance(image, Image.Image) else image for image in images]
-    return reward.function(images=own, prompts=list(prompts), **deepcopy(taken))
+    copies = [image.copy() if isinstance(image, Image.Image) else image for image in images]
+    return reward.function(images=copies, prompts=list(prompts), **deepcopy(taken))
 
 
 def _is_async(function: Any) -> bool:

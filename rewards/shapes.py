@@ -51,11 +51,11 @@ __all__ = [
     "Object",
     "Scene",
     "edit_distance",
+    "grades",
     "ground_color",
     "grounded",
     "inside",
     "measure",
-    "parts",
     "preference",
     "shapes_exact",
     "shapes_following",
@@ -77,7 +77,7 @@ def _share(objects: list[Object], condition: Callable[[Object], bool]) -> float:
     return sum(map(condition, objects)) / len(objects) if objects else 0.0
 
 
-def _count_parts(scene: Scene, spec: dict) -> dict[str, float]:
+def _count_grades(scene: Scene, spec: dict) -> dict[str, float]:
     """Grade n equal objects. What is not said must only be valid: 1 to 3 objects, each a plain shape."""
     n, color, shape, objects = spec["n"], spec["color"], spec["shape"], scene.objects
     return {
@@ -87,7 +87,7 @@ def _count_parts(scene: Scene, spec: dict) -> dict[str, float]:
     }
 
 
-def _pair_parts(scene: Scene, spec: dict) -> dict[str, float]:
+def _pair_grades(scene: Scene, spec: dict) -> dict[str, float]:
     """Grade two objects and their relation, by the two objects of the scene that fit best."""
 
     def fit(o: Object, color: str, shape: str) -> tuple[bool, bool]:
@@ -110,26 +110,26 @@ def _pair_parts(scene: Scene, spec: dict) -> dict[str, float]:
     return {"count": max(0.0, 1.0 - abs(n - 2) / 2), "color": best[0], "shape": best[1], "relation": best[2]}
 
 
-def _word_parts(scene: Scene, spec: dict) -> dict[str, float]:
+def _word_grades(scene: Scene, spec: dict) -> dict[str, float]:
     """Grade a word: the share of its area that has the colour, and the letter accuracy."""
     area = sum(o.area for o in scene.objects)
     area_in_color = sum(o.area for o in scene.objects if o.is_plain and o.color == spec["color"])
     return {"color": area_in_color / area if area else 0.0, "word": _letter_accuracy(scene, spec["word"])}
 
 
-def parts(scene: Scene, spec: dict) -> dict[str, float]:
+def grades(scene: Scene, spec: dict) -> dict[str, float]:
     """Grade each part of a spec in [0, 1], exactly 1 if the scene meets it."""
     if spec["kind"] not in KINDS:
         raise ValueError(f"unknown kind {spec['kind']!r}.{nearest(str(spec['kind']), KINDS)}")
-    grades = {"count": _count_parts, "pair": _pair_parts, "word": _word_parts}[spec["kind"]](scene, spec)
+    found = {"count": _count_grades, "pair": _pair_grades, "word": _word_grades}[spec["kind"]](scene, spec)
     if spec["background"] is not None:
-        grades["background"] = float(scene.background == spec["background"])
-    return grades
+        found["background"] = float(scene.background == spec["background"])
+    return found
 
 
 def _is_exact(scene: Scene, spec: dict) -> bool:
     """Whether everything the prompt asks for is right, and everything else is valid."""
-    return min(parts(scene, spec).values()) > 0.99
+    return min(grades(scene, spec).values()) > 0.99
 
 
 def _rows(images: Sequence[Image.Image], spec: Sequence[dict]) -> list[tuple[Image.Image, dict]]:
@@ -144,8 +144,8 @@ def _rows(images: Sequence[Image.Image], spec: Sequence[dict]) -> list[tuple[Ima
 
 
 def shapes_following(images: list[Image.Image], prompts: list[str], spec: list[dict], **columns) -> list[float]:
-    """Score how well each prompt is followed: the mean grade of the :func:`parts` of its spec, in [0, 1]."""
-    return [float(np.mean(list(parts(measure(image), row).values()))) for image, row in _rows(images, spec)]
+    """Score how well each prompt is followed: the mean grade of the :func:`grades` of its spec, in [0, 1]."""
+    return [float(np.mean(list(grades(measure(image), row).values()))) for image, row in _rows(images, spec)]
 
 
 def shapes_exact(images: list[Image.Image], prompts: list[str], spec: list[dict], **columns) -> list[float]:

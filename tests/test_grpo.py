@@ -250,8 +250,8 @@ def test_a_shared_prefix_and_fewer_trained_images_cost_what_they_say(tmp_path):
     run.train()
     # Two groups of two starts each run the two steps before the window and its own one, all eight images the last; the
     # gate replays the four starts; two images of each group are trained, which may have one start or two.
-    trained = len({(i // 4, i % 2) for i in run._buffer.live.nonzero().flatten().tolist()})
-    assert run._buffer.live.sum() == 4 and 2 <= trained <= 4
+    trained = len({(i // 4, i % 2) for i in run._buffer.informative.nonzero().flatten().tolist()})
+    assert run._buffer.informative.sum() == 4 and 2 <= trained <= 4
     assert history(run, "forward_equivalents") == [2 * 2 * 3 + 8 * 1 + 4 + 3 * trained]
     assert history(run, "dead_groups") == [0.0] and history(run, "ratio_deviation_at_start")[0] < 1e-5
     assert largest_difference(before, weights(run)) > 0
@@ -288,7 +288,7 @@ def test_unscored_images_carry_no_gradient(tmp_path):
 
     run = trainer(tmp_path, rewards=[not_the_first], max_steps=1)
     run.train()
-    assert run._buffer.live.tolist() == [False] + [True] * 7
+    assert run._buffer.informative.tolist() == [False] + [True] * 7
     assert history(run, "rewards/not_the_first/unscored") == [0.125]
     assert math.isfinite(history(run, "loss")[0])
 

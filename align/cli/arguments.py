@@ -180,8 +180,8 @@ def parse(dataclass_types: Sequence[type], argv: Iterable[str] | None = None, do
 
 def _leave_own_folder() -> None:
     """Take align/ off the path of modules, where a door that runs by its path has it: its folders are not a reward's."""
-    own = Path(__file__).parents[1]
-    sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != own]
+    align = Path(__file__).parents[1]
+    sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != align]
 
 
 def how_to_begin(door: str) -> str:

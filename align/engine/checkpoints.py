@@ -22,7 +22,7 @@ import align
 logger = logging.getLogger(__name__)
 
 #: Version of what a checkpoint holds; goes up when a library of another version could no longer read it.
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "checkpoint.json"
 #: In output_dir: where checkpoints are written before they get their names.
 UNFINISHED = ".unfinished"

@@ -188,8 +188,8 @@ def _option(name: str, value: Any) -> str:
 
 def _check_rows(folder: Path, args: FlowConfig) -> None:
     """Raise ValueError, with values that would do, when an update would see other rows than the checkpoint's did."""
-    before, now = _stored(folder)["run"].get(FIXED, {}).get(ROWS_PER_UPDATE), args.rows_per_update()
-    if before in (None, now):
+    before, current = _stored(folder)["run"].get(FIXED, {}).get(ROWS_PER_UPDATE), args.rows_per_update()
+    if before in (None, current):
         return
     size, accumulation, world = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
     ways = []
@@ -204,7 +204,7 @@ def _check_rows(folder: Path, args: FlowConfig) -> None:
     if not ways:
         ways.append(f"a number of processes that divides {before}")
     raise ValueError(
-        f"per_device_train_batch_size {size} x gradient_accumulation_steps {accumulation} x {world} processes = {now} "
+        f"per_device_train_batch_size {size} x gradient_accumulation_steps {accumulation} x {world} processes = {current} "
         f"rows an update, and it was {before} when {folder} was written: resume with {' or '.join(ways)}"
     )
 

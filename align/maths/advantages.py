@@ -24,12 +24,14 @@ DEAD_NORMALIZED = 1e-3
 class GroupAdvantages(NamedTuple):
     """Result of :func:`group_advantages`.
 
-    advantages: (N,), 0 for images without a score and in dead groups. live: (N,) bool, images that carry gradient.
-    rewards: (N,) the weighted sum of raw rewards, NaN where an image has none. dead_groups: share of groups, 0..1.
+    advantages: (N,), 0 for images without a score and in dead groups.
+    informative: (N,) bool, images that carry gradient.
+    rewards: (N,) the weighted sum of raw rewards, NaN where an image has none.
+    dead_groups: share of groups, 0..1.
     """
 
     advantages: Tensor
-    live: Tensor
+    informative: Tensor
     rewards: Tensor
     dead_groups: float
 
@@ -45,7 +47,7 @@ def _grouped(values: Tensor, num_generations: int) -> Tensor:
 
 
 def _centre(scores: Tensor, dead_spread: float = DEAD_SPREAD) -> tuple[Tensor, Tensor, Tensor]:
-    """Return scores (P, G) less their group's mean, the group's sample std (P, 1), and which rows are live (P, G).
+    """Return scores (P, G) less their group's mean, the group's sample std (P, 1), and which are informative (P, G).
 
     ``dead_spread``: a group is dead whose scores differ by less, beside the rounding of float32.
     """
@@ -56,8 +58,8 @@ def _centre(scores: Tensor, dead_spread: float = DEAD_SPREAD) -> tuple[Tensor, T
     largest = scores.masked_fill(~known, -torch.inf).amax(1, keepdim=True)
     smallest = scores.masked_fill(~known, torch.inf).amin(1, keepdim=True)
     rounding = dead_spread + DEAD_ULPS * scores.nan_to_num().abs().amax(1, keepdim=True)
-    live = known & (count >= 2) & (largest - smallest > rounding)
-    return centred.masked_fill(~live, 0.0), std, live
+    informative = known & (count >= 2) & (largest - smallest > rounding)
+    return centred.masked_fill(~informative, 0.0), std, informative
 
 
 def _weights(weights: Tensor | None, rewards: Tensor) -> Tensor:
@@ -116,47 +118,48 @@ def group_advantages(
         raise ValueError(f"scale_rewards must be 'group', 'batch' or 'none', not {scale_rewards!r}")
     total = combine_rewards(rewards, weights, num_generations)
     if aggregation == "sum_then_normalize":
-        centred, std, live = _centre(_grouped(total, num_generations))
+        centred, std, informative = _centre(_grouped(total, num_generations))
         if scale_rewards == "batch":
             std = _std(total[~total.isnan()])
         advantages = centred if scale_rewards == "none" else centred / (std + EPSILON)
     elif aggregation == "normalize_then_sum":
-        advantages, live = _normalize_then_sum(rewards, weights, _grouped(total, num_generations))
+        advantages, informative = _normalize_then_sum(rewards, weights, _grouped(total, num_generations))
     else:
         raise ValueError(f"aggregation must be 'sum_then_normalize' or 'normalize_then_sum', not {aggregation!r}")
     if clip is not None:
         advantages = advantages.clamp(-clip, clip)
-    dead = 1.0 - live.any(1).float().mean().item()
-    return GroupAdvantages(advantages.float().flatten(), live.flatten(), total.float(), dead)
+    dead = 1.0 - informative.any(1).float().mean().item()
+    return GroupAdvantages(advantages.float().flatten(), informative.flatten(), total.float(), dead)
 
 
 def extremes(group: GroupAdvantages, num_generations: int, keep: int) -> GroupAdvantages:
-    """Keep only ``keep`` live images a group: half with the highest advantages, half with the lowest.
+    """Keep only ``keep`` informative images a group: half with the highest advantages, half with the lowest.
 
     The odd one is a best one. The rest have advantage 0 and carry no gradient, as in DanceGRPO's best-of-N
     (arXiv 2505.07818); advantages are those of the whole group. Of equal images the first.
     """
-    values, live = group.advantages.view(-1, num_generations), group.live.view(-1, num_generations)
+    values, informative = group.advantages.view(-1, num_generations), group.informative.view(-1, num_generations)
 
     def lowest(scores: Tensor, count: int) -> Tensor:
-        order = scores.masked_fill(~live, torch.inf).argsort(stable=True, dim=1)
+        order = scores.masked_fill(~informative, torch.inf).argsort(stable=True, dim=1)
         rank = order.argsort(dim=1)  # the inverse of a permutation: the place of each image in the order
         return rank < count
 
-    kept = live & (lowest(-values, keep - keep // 2) | lowest(values, keep // 2))
-    return group._replace(advantages=values.masked_fill(~kept, 0.0).flatten(), live=kept.flatten())
+    kept = informative & (lowest(-values, keep - keep // 2) | lowest(values, keep // 2))
+    return group._replace(advantages=values.masked_fill(~kept, 0.0).flatten(), informative=kept.flatten())
 
 
 class BestWorst(NamedTuple):
     """Result of :func:`best_worst`.
 
-    best, worst: (P,) indices into the N images, of each group's highest and lowest score. live: (P,) bool, groups that
-    make a pair; elsewhere the indices mean nothing. rewards: (N,) the weighted sum, NaN where an image has none.
+    best, worst: (P,) indices into the N images, of each group's highest and lowest score.
+    informative: (P,) bool, groups that make a pair; elsewhere the indices mean nothing.
+    rewards: (N,) the weighted sum, NaN where an image has none.
     """
 
     best: Tensor
     worst: Tensor
-    live: Tensor
+    informative: Tensor
     rewards: Tensor
 
 
@@ -170,11 +173,11 @@ def best_worst(
     """
     total = combine_rewards(rewards, weights, num_generations)
     scores = _grouped(total, num_generations)
-    live = _centre(scores)[2].any(1)
+    informative = _centre(scores)[2].any(1)
     highest, best = scores.masked_fill(scores.isnan(), -torch.inf).max(1)
     lowest, worst = scores.masked_fill(scores.isnan(), torch.inf).min(1)
     first = torch.arange(len(scores)) * num_generations
-    return BestWorst(first + best, first + worst, live & (highest - lowest >= min_margin), total.float())
+    return BestWorst(first + best, first + worst, informative & (highest - lowest >= min_margin), total.float())
 
 
 def _std(values: Tensor) -> Tensor:
@@ -183,18 +186,18 @@ def _std(values: Tensor) -> Tensor:
 
 
 def _normalize_then_sum(rewards: Tensor, weights: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (P, G) advantages and which are live: each reward normalised in its group, their weighted sum over the batch."""
+    """Return (P, G) advantages, of the sum of group-normalised rewards over the batch, and which are informative."""
     scored = ~total.isnan()
     advantages = torch.zeros_like(total)
     for column, weight in zip(rewards.unbind(1), weights.unbind(1), strict=True):
         if weight.any():
             # Only images that every reward scored are compared: each column is centred on the same rows. EPSILON is of
             # the column's own spread, and no spread is too small: a reward weighs the same in whatever units it counts.
-            centred, std, alive = _centre(_grouped(column, total.shape[1]).masked_fill(~scored, torch.nan), 0.0)
-            groups = alive.any(1, keepdim=True)
+            centred, std, informative = _centre(_grouped(column, total.shape[1]).masked_fill(~scored, torch.nan), 0.0)
+            groups = informative.any(1, keepdim=True)
             usual = std[groups].mean() if groups.any() else std.new_ones(())
             advantages = advantages + weight.to(centred).view(centred.shape) * centred / (std + EPSILON * usual)
-    live = scored & (advantages.abs().amax(1, keepdim=True) > DEAD_NORMALIZED)
-    advantages = advantages.masked_fill(~live, 0.0)
+    informative = scored & (advantages.abs().amax(1, keepdim=True) > DEAD_NORMALIZED)
+    advantages = advantages.masked_fill(~informative, 0.0)
     # Every column is centred in its group already, so that normalising over the batch is a division.
-    return advantages / (_std(advantages[scored]) + EPSILON), live
+    return advantages / (_std(advantages[scored]) + EPSILON), informative

@@ -53,14 +53,14 @@ def even_share(total: int, index: int, shares: int) -> slice:
 class RolloutBuffer:
     """What the buffers of single images share: ``copies`` rows of each of N images, stored copy by copy.
 
-    requests, conditions: of the N images on this process. live: (images of all processes,) which carry gradient. first:
-    place of this process's first image among them. rollout_index: number of the rollout. seed: of the order in which
-    all processes' rows are given out. batching: how this process splits them.
+    requests, conditions: of the N images on this process. informative: (images of all processes,) bool, which carry
+    gradient. first: place of this process's first image among them. rollout_index: number of the rollout. seed: of the
+    order in which all processes' rows are given out. batching: how this process splits them.
     """
 
     requests: list[Request]
     conditions: list[Any]
-    live: Tensor
+    informative: Tensor
     first: int
     rollout_index: int
     seed: int
@@ -69,7 +69,7 @@ class RolloutBuffer:
     def _select_rows(
         self, index: int, copies: int, dead_too: bool, starts: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Choose the rows of micro-batch ``index`` of the passes; each pass gives out the live rows in another order.
+        """Choose the rows of micro-batch ``index`` of the passes; each pass has another order of the informative rows.
 
         The order is drawn over all processes' rows, and each process takes its own rows of an update: an update is the
         same whatever the number of processes. A process spreads its rows of an update evenly over its micro-batches:
@@ -84,9 +84,9 @@ class RolloutBuffer:
             copy, image: (rows,) which row of which of this process's images.
             weight: (rows,) 1, or 0 for a row that only keeps processes in step.
         """
-        batching, images, total = self.batching, len(self.requests), len(self.live)
+        batching, images, total = self.batching, len(self.requests), len(self.informative)
         pass_index, micro_batch = divmod(index, batching.micro_batches)
-        chosen = torch.ones_like(self.live) if dead_too else self.live
+        chosen = torch.ones_like(self.informative) if dead_too else self.informative
         rows = chosen.repeat(copies).nonzero().flatten()  # copy by copy, all processes' images in each
         draw_of = torch.arange(copies * total)  # rows with one draw between them stand next to each other
         if starts is not None:
@@ -108,7 +108,7 @@ class RolloutBuffer:
         facts: dict[str, Any] = {"prompts": prompts_of(self.requests)}
         facts |= {name: getattr(self, name) for name in ("first", "rollout_index", "seed")} | self._facts()
         file = folder / PROCESS_FILE.format(*self.batching.process)
-        write_buffer(file, self._rows() | {"live": self.live}, facts)
+        write_buffer(file, self._rows() | {"informative": self.informative}, facts)
 
     @classmethod
     def load(cls, folder: Path, batching: Batching, device: torch.device, encode: Encode) -> Self:
@@ -117,10 +117,15 @@ class RolloutBuffer:
         Raises FileNotFoundError when the file of a process is missing.
         """
         rows, facts = _read_share(folder, batching.process)
-        live = rows.pop("live")
+        informative = rows.pop("informative")
         rows = {name: value.to(device) for name, value in rows.items()}
         requests = [Request(prompt) for prompt in facts.pop("prompts")]
-        shared = {"requests": requests, "conditions": encode(requests), "live": live, "batching": batching}
+        shared = {
+            "requests": requests,
+            "conditions": encode(requests),
+            "informative": informative,
+            "batching": batching,
+        }
         return cls._made(rows, facts | shared)
 
     def _rows(self) -> dict[str, Tensor]:
@@ -310,13 +315,13 @@ def _read_share(folder: Path, process: tuple[int, int]) -> tuple[dict[str, Tenso
     if file.is_file() or not counts:
         return read_buffer(file)
     files = [read_buffer(folder / PROCESS_FILE.format(writer, max(counts))) for writer in range(max(counts))]
-    live, images = files[0][0]["live"], len(files[0][1]["prompts"])
-    mine = slice(index * len(live) // count, (index + 1) * len(live) // count)
+    informative, images = files[0][0]["informative"], len(files[0][1]["prompts"])
+    mine = slice(index * len(informative) // count, (index + 1) * len(informative) // count)
 
     def joined(name: str) -> Tensor:
         of_process = [rows[name].unflatten(0, (-1, images)) for rows, _ in files]  # copy by copy
         return torch.cat(of_process, 1)[:, mine].flatten(0, 1)
 
-    rows = {name: joined(name) for name in files[0][0] if name != "live"}
+    rows = {name: joined(name) for name in files[0][0] if name != "informative"}
     prompts = [prompt for _, facts in files for prompt in facts["prompts"]][mine]
-    return rows | {"live": live}, files[0][1] | {"prompts": prompts, "first": mine.start}
+    return rows | {"informative": informative}, files[0][1] | {"prompts": prompts, "first": mine.start}

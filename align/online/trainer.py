@@ -105,7 +105,7 @@ class OnlineTrainer(FlowTrainer):
             )
         args.check_world(args.world_size)
         if not rewards:
-            raise ValueError("no reward was given: pass --rewards NAME, or `rewards:` in the config")
+            raise ValueError("rewards is empty: a trainer needs at least one, as load_rewards(...) returns them")
         super().__init__(
             model,
             args,
@@ -264,13 +264,16 @@ class OnlineTrainer(FlowTrainer):
         if happened and self._in_a_row[what] % ROLLOUTS_TO_WARN == 0 and self.is_world_process_zero():
             logger.warning("the last %d rollouts %s", self._in_a_row[what], what)
 
-    def image_buffer(self, rows: list[dict[str, Any]], live: Tensor, rollout_index: int, **tensors: Any) -> Any:
-        """Make a :class:`~align.online.buffers.RolloutBuffer` of this process's images; ``live``: of all processes'."""
+    def image_buffer(self, rows: list[dict[str, Any]], informative: Tensor, rollout_index: int, **tensors: Any) -> Any:
+        """Make a :class:`~align.online.buffers.RolloutBuffer` of this process's images.
+
+        ``informative``: (images of all processes,) bool, which carry gradient.
+        """
         requests = requests_of(rows)
         return self.buffer_type(
             requests=requests,
             conditions=self.flow.encode(requests),  # of the whole rollout, as when it was sampled
-            live=live,
+            informative=informative,
             first=self.args.process_index * len(rows),
             rollout_index=rollout_index,
             seed=self.args.seed,

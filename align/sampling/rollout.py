@@ -126,9 +126,9 @@ def rollout(
     conditions, count = model.encode(requests), len(requests)
     starts, first, start_of = _starts(keys, model.latent_shape(plan.height, plan.width), initial_latents)
     shared = plan.shared_velocities if len(first) < count else 0
-    own = plan.num_inference_steps - shared  # velocities that each image needs for itself
+    unshared = plan.num_inference_steps - shared  # velocities that each image needs for itself
     latents, images, records, finite = [], [], [], True
-    calls = _chunks(len(first), plan) * shared + _chunks(count, plan) * own
+    calls = _chunks(len(first), plan) * shared + _chunks(count, plan) * unshared
     with (
         without_dropout(model.transformer),
         tqdm(total=calls, desc="rollout", leave=False, disable=not show_progress) as bar,
@@ -158,7 +158,7 @@ def rollout(
         steps=plan.sde_steps,
         transitions=[Transition.cat(list(chunks)) for chunks in zip(*records, strict=True)],
         sampler=plan.sampler(sigmas),
-        forwards=(len(first) * shared + count * own) * plan.forwards_per_velocity,
+        forwards=(len(first) * shared + count * unshared) * plan.forwards_per_velocity,
         finite=finite,
     )
 

@@ -105,8 +105,8 @@ class Remote(RunsElsewhere):
 
     def problem(self) -> str | None:
         """Return that no endpoint can be reached, if all of them are left out now."""
-        now = time.monotonic()
-        if all(self._left_out_until.get(endpoint, 0.0) > now for endpoint in self.endpoints):
+        clock = time.monotonic()
+        if all(self._left_out_until.get(endpoint, 0.0) > clock for endpoint in self.endpoints):
             return f"not reached: {', '.join(self.endpoints)}"
         return None
 
@@ -174,9 +174,9 @@ class Remote(RunsElsewhere):
         Each call begins with the next one.
         """
         with self._lock:
-            first, now = next(self._call_numbers) % len(self.endpoints), time.monotonic()
+            first, clock = next(self._call_numbers) % len(self.endpoints), time.monotonic()
             rotated = self.endpoints[first:] + self.endpoints[:first]
-            available = [endpoint for endpoint in rotated if self._left_out_until.get(endpoint, 0.0) <= now]
+            available = [endpoint for endpoint in rotated if self._left_out_until.get(endpoint, 0.0) <= clock]
         return available or rotated
 
     def _post(self, endpoint: str, frame: list[bytes], images: int, seconds: float) -> list[float | None]:

@@ -21,6 +21,7 @@ from align.cli.arguments import (
 )
 from align.cli.configs import find_config, shipped
 from align.grpo import DataArguments, GRPOConfig
+from align.engine.checkpoints import FORMAT
 from align.models.families import outline
 from align.models.qwen_image import QwenImage
 from align.tiny import CHECKPOINT, PROMPTS
@@ -513,7 +514,7 @@ def test_an_earlier_run_is_not_overwritten_unless_asked(folder):
         "algorithm": {"algorithm": "GRPO"},
         "trained": {"tuning": "LoRA"},
     }  # what a part does not say is not compared
-    content = {"format": 2, "version": "0.1.0", "run": run, "files": {"trainer_state.json": 19}}
+    content = {"format": FORMAT, "version": "0.1.0", "run": run, "files": {"trainer_state.json": 19}}
     (folder / "run" / "checkpoint-12" / "checkpoint.json").write_text(json.dumps(content))
     said = answer()
     assert "run holds checkpoint-12 of an earlier run" in said

@@ -83,8 +83,8 @@ def test_a_group_of_equal_rewards_is_dead_and_exactly_0(aggregation, scale, valu
     # The mean of sixteen 0.1 in float32 need not be 0.1: no rounding may come through as an advantage.
     rewards = torch.cat([torch.full((16,), value), rand(16, seed=1)])
     found = group_advantages(rewards, 16, scale_rewards=scale, aggregation=aggregation)
-    assert torch.equal(found.advantages[:16], torch.zeros(16)) and not found.live[:16].any()
-    assert found.live[16:].all() and (found.advantages[16:] != 0).all() and found.dead_groups == 0.5
+    assert torch.equal(found.advantages[:16], torch.zeros(16)) and not found.informative[:16].any()
+    assert found.informative[16:].all() and (found.advantages[16:] != 0).all() and found.dead_groups == 0.5
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -124,7 +124,7 @@ def test_a_missing_score_is_left_out_as_if_the_image_were_not_there(aggregation,
         rest = torch.arange(4) != missing
         torch.testing.assert_close(found.advantages[rest], without.advantages, rtol=0, atol=1e-6)
         assert found.advantages[missing] == 0 and found.rewards[missing].isnan()
-        assert torch.equal(found.live, rest) and found.dead_groups == 0
+        assert torch.equal(found.informative, rest) and found.dead_groups == 0
 
 
 def test_a_missing_score_by_hand():
@@ -139,8 +139,8 @@ def test_a_missing_score_by_hand():
 def test_a_group_with_fewer_than_two_scores_is_dead_and_harmless(aggregation, scale, group):
     options = {"scale_rewards": scale, "aggregation": aggregation}
     found = group_advantages(torch.tensor([*group, 0.0, 0.5, 1.0]), 3, **options)
-    assert torch.equal(found.advantages[:3], torch.zeros(3)) and not found.live[:3].any()
-    assert found.dead_groups == 0.5 and found.live[3:].all()
+    assert torch.equal(found.advantages[:3], torch.zeros(3)) and not found.informative[:3].any()
+    assert found.dead_groups == 0.5 and found.informative[3:].all()
     assert found.advantages[3] < 0 == found.advantages[4] < found.advantages[5]
 
 
@@ -149,7 +149,7 @@ def test_a_group_with_fewer_than_two_scores_is_dead_and_harmless(aggregation, sc
 def test_a_batch_without_any_score_is_all_dead(aggregation, scale):
     found = group_advantages(torch.full((6, 2), NAN), 3, scale_rewards=scale, aggregation=aggregation)
     assert torch.equal(found.advantages, torch.zeros(6)) and found.dead_groups == 1.0
-    assert not found.live.any() and found.rewards.isnan().all()
+    assert not found.informative.any() and found.rewards.isnan().all()
 
 
 # --- Several rewards ---
@@ -185,7 +185,7 @@ def test_a_reward_of_weight_0_is_only_measured(aggregation, fill):
     alone = group_advantages(rewards, 4, weights[:1], aggregation=aggregation)
     found = group_advantages(torch.cat([rewards, measured], 1), 4, weights, aggregation=aggregation)
     assert torch.equal(found.advantages, alone.advantages) and torch.equal(found.rewards, alone.rewards)
-    assert found.live.all()
+    assert found.informative.all()
 
 
 def test_a_reward_that_scored_no_image_of_a_prompt_is_left_out_for_that_prompt():
@@ -202,7 +202,7 @@ def test_a_reward_that_scored_some_images_of_a_prompt_leaves_the_others_unscored
     assert total[[0, 2]].tolist() == [6.0, 9.0] and total[1].isnan()
     found = group_advantages(rewards, 3)
     assert found.advantages.tolist() == pytest.approx([-0.70707345, 0.0, 0.70707345], abs=1e-6)
-    assert found.live.tolist() == [True, False, True]
+    assert found.informative.tolist() == [True, False, True]
 
 
 # --- Each reward normalised first ---
@@ -252,7 +252,7 @@ def test_normalize_then_sum_compares_each_column_over_the_fully_scored_images():
     found = group_advantages(rewards, 4, aggregation="normalize_then_sum")
     without = group_advantages(rewards[[0, 1, 3]], 3, aggregation="normalize_then_sum")
     torch.testing.assert_close(found.advantages[[0, 1, 3]], without.advantages, rtol=0, atol=1e-6)
-    assert found.advantages[2] == 0 and found.live.tolist() == [True, True, False, True]
+    assert found.advantages[2] == 0 and found.informative.tolist() == [True, True, False, True]
 
 
 def test_normalize_then_sum_ignores_a_reward_that_does_not_apply_to_a_prompt():
@@ -269,7 +269,7 @@ def test_normalize_then_sum_ignores_a_reward_that_does_not_apply_to_a_prompt():
 def test_rewards_that_cancel_within_a_group_are_dead_when_normalised():
     rewards = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
     found = group_advantages(rewards, 2, aggregation="normalize_then_sum")
-    assert found.live.tolist() == [False, False, True, True] and found.advantages[:2].tolist() == [0.0, 0.0]
+    assert found.informative.tolist() == [False, False, True, True] and found.advantages[:2].tolist() == [0.0, 0.0]
 
 
 # --- Scaling and clipping ---
@@ -350,9 +350,9 @@ def test_best_and_worst_are_those_of_hand_numbers():
     nan = math.nan
     rewards = torch.tensor([[0.2, 0.9, 0.1, 0.9], [nan, 0.3, nan, 0.4], [0.5, 0.5, 0.5, nan], [nan, nan, 1.0, nan]])
     pairs = best_worst(rewards.view(-1, 1), 4)
-    assert pairs.live.tolist() == [True, True, False, False]
-    assert pairs.best[pairs.live].tolist() == [1, 7] and pairs.worst[pairs.live].tolist() == [2, 5]
-    assert best_worst(rewards.view(-1, 1), 4, min_margin=0.5).live.tolist() == [True, False, False, False]
+    assert pairs.informative.tolist() == [True, True, False, False]
+    assert pairs.best[pairs.informative].tolist() == [1, 7] and pairs.worst[pairs.informative].tolist() == [2, 5]
+    assert best_worst(rewards.view(-1, 1), 4, min_margin=0.5).informative.tolist() == [True, False, False, False]
     turned = best_worst(rewards.view(-1, 1), 4, torch.tensor([-2.0]))
     assert turned.best[:2].tolist() == [2, 5] and turned.rewards[0].item() == pytest.approx(-0.4)
 
@@ -361,7 +361,7 @@ def test_best_and_worst_go_by_the_weighted_sum_and_rounding_makes_no_pair():
     rewards = torch.tensor([[1.0, 0.0, 7.0], [0.0, 1.0, 8.0], [0.1 + 0.2, 0.3, 9.0], [0.3, 0.3, 1.0]])
     pairs = best_worst(rewards, 2, torch.tensor([1.0, 2.0, 0.0]))
     assert pairs.best.tolist()[0] == 1 and pairs.worst.tolist()[0] == 0
-    assert pairs.live.tolist() == [True, False]
+    assert pairs.informative.tolist() == [True, False]
 
 
 def test_pairs_made_online_are_those_that_are_made_of_a_ranked_data_set():
@@ -374,8 +374,8 @@ def test_pairs_made_online_are_those_that_are_made_of_a_ranked_data_set():
         ranked = Ranked("a circle", images, [None if math.isnan(s) else s for s in row])
         made = [(images.index(p.chosen), images.index(p.rejected)) for p in build_pairs([ranked])]
         ours = [(pairs.best[group].item() - 4 * group, pairs.worst[group].item() - 4 * group)]
-        assert made == (ours if pairs.live[group] else [])
-    assert 0.3 < pairs.live.float().mean() < 0.9
+        assert made == (ours if pairs.informative[group] else [])
+    assert 0.3 < pairs.informative.float().mean() < 0.9
 
 
 # --- Weights that differ between prompts ---
@@ -391,7 +391,7 @@ def test_weights_of_each_image_are_the_groups_on_their_own():
     assert torch.equal(
         together.rewards, torch.cat([a.rewards for a in alone])
     )  # row 5 counts: its reward weighs 0 there
-    assert together.live.all()
+    assert together.informative.all()
 
 
 def test_a_reward_that_weighs_nothing_in_a_group_is_not_compared_there():
@@ -416,13 +416,13 @@ def test_extremes_keep_half_best_and_half_worst_of_the_live():
     scores = torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0, torch.nan] + [7.0] * 6 + [0.0, 0.0, 1.0, 1.0, 2.0, 2.0])
     group = group_advantages(scores, 6)
     kept = extremes(group, 6, 3)
-    assert kept.live.view(3, 6).tolist() == [
+    assert kept.informative.view(3, 6).tolist() == [
         [False, True, False, True, True, False],  # 5 and 4, and 1; what has no score is neither
         [False] * 6,
         [True, False, False, False, True, True],  # of equal ones the first
     ]
-    assert torch.equal(kept.advantages[kept.live], group.advantages[kept.live])
-    assert not kept.advantages[~kept.live].any()
+    assert torch.equal(kept.advantages[kept.informative], group.advantages[kept.informative])
+    assert not kept.advantages[~kept.informative].any()
     assert kept.dead_groups == group.dead_groups and kept.rewards.nan_to_num().equal(group.rewards.nan_to_num())
 
 
@@ -430,4 +430,4 @@ def test_extremes_keep_half_best_and_half_worst_of_the_live():
 def test_extremes_of_fewer_images_than_are_kept_are_all_of_them(keep):
     group = group_advantages(torch.tensor([3.0, 1.0, torch.nan, 5.0, 4.0, 2.0]), 6)
     kept = extremes(group, 6, keep)
-    assert torch.equal(kept.live, group.live) and torch.equal(kept.advantages, group.advantages)
+    assert torch.equal(kept.informative, group.informative) and torch.equal(kept.advantages, group.advantages)

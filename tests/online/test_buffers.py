@@ -37,7 +37,7 @@ def requests_of(images) -> list[Request]:
 
 
 def buffer(
-    live=SOME,
+    informative=SOME,
     micro_batches=3,
     per_update=1,
     seed=5,
@@ -65,7 +65,7 @@ def buffer(
         requests=requests_of(range(IMAGES))[mine],
         conditions=encode(requests_of(range(IMAGES)))[mine],
         advantages=(torch.arange(IMAGES) - 2.5)[mine],
-        live=torch.tensor(live),
+        informative=torch.tensor(informative),
         first=mine.start,
         steps=STEPS,
         sampler=sampler,
@@ -87,8 +87,8 @@ def given_out(source: TransitionBuffer, number: int) -> list[list[int]]:
     return [rows(source.micro_batch(number * count + part)) for part in range(count)]
 
 
-def live_rows(live) -> list[int]:
-    return [position * 10 + image for position in range(len(STEPS)) for image in range(IMAGES) if live[image]]
+def live_rows(informative) -> list[int]:
+    return [position * 10 + image for position in range(len(STEPS)) for image in range(IMAGES) if informative[image]]
 
 
 def same(a: MicroBatch, b: MicroBatch) -> bool:
@@ -109,13 +109,13 @@ PATTERNS = [SOME, (True,) * 6, (False,) * 6, (True, *(False,) * 5), (False, Fals
 # --- Giving out ---
 
 
-@pytest.mark.parametrize("live", PATTERNS)
+@pytest.mark.parametrize("informative", PATTERNS)
 @pytest.mark.parametrize("micro_batches", [1, 2, 3, 6, 18])
-def test_a_pass_gives_out_every_live_row_once_and_no_dead_one(live, micro_batches):
-    source = buffer(live, micro_batches)
+def test_a_pass_gives_out_every_live_row_once_and_no_dead_one(informative, micro_batches):
+    source = buffer(informative, micro_batches)
     for number in range(3):
         parts = given_out(source, number)
-        assert Counter(row for part in parts for row in part) == Counter(live_rows(live))
+        assert Counter(row for part in parts for row in part) == Counter(live_rows(informative))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
@@ -135,7 +135,7 @@ def test_every_row_keeps_its_prompt_advantage_and_step():
 
 
 def test_a_given_row_carries_the_log_probability_of_the_noise_that_drew_it():
-    source = buffer(live=(True,) * 6, micro_batches=1)
+    source = buffer(informative=(True,) * 6, micro_batches=1)
     drawn = source.micro_batch(0).transition
     noise = (drawn.next_latents - drawn.mean) / drawn.std
     expected = (-(noise**2) / 2 - drawn.std.log() - 0.5 * torch.log(torch.tensor(2 * torch.pi))).flatten(1).mean(1)
@@ -143,12 +143,12 @@ def test_a_given_row_carries_the_log_probability_of_the_noise_that_drew_it():
 
 
 def test_steps_are_mixed_within_a_micro_batch():
-    source = buffer(live=(True,) * 6, micro_batches=2)
+    source = buffer(informative=(True,) * 6, micro_batches=2)
     assert all(len(set(source.micro_batch(part).step_positions.tolist())) == len(STEPS) for part in range(2))
 
 
 def test_each_pass_has_another_order():
-    source = buffer(live=(True,) * 6)
+    source = buffer(informative=(True,) * 6)
     orders = [tuple(row for part in given_out(source, number) for row in part) for number in range(4)]
     assert len(set(orders)) == 4 and orders[0] != tuple(sorted(orders[0]))
 
@@ -160,11 +160,11 @@ def test_the_order_is_a_function_of_the_seed():
     assert given_out(buffer(seed=6), 1) != first and given_out(buffer(index=8), 1) != first
 
 
-@pytest.mark.parametrize("live", PATTERNS)
+@pytest.mark.parametrize("informative", PATTERNS)
 @pytest.mark.parametrize("processes", [2, 3])
-def test_an_update_is_made_of_the_same_rows_whatever_the_number_of_processes(live, processes):
-    alone = buffer(live, micro_batches=6)
-    shared = [buffer(live, micro_batches=6 // processes, of=(n, processes)) for n in range(processes)]
+def test_an_update_is_made_of_the_same_rows_whatever_the_number_of_processes(informative, processes):
+    alone = buffer(informative, micro_batches=6)
+    shared = [buffer(informative, micro_batches=6 // processes, of=(n, processes)) for n in range(processes)]
     for number in range(2):
         parts = given_out(alone, number)
         for part in range(6 // processes):  # as many micro-batches of one process as there are processes make an update
@@ -173,13 +173,13 @@ def test_an_update_is_made_of_the_same_rows_whatever_the_number_of_processes(liv
     assert sum(source.micro_batch(0).nominal_size for source in shared) == alone.micro_batch(0).nominal_size * processes
 
 
-@pytest.mark.parametrize("live", PATTERNS)
+@pytest.mark.parametrize("informative", PATTERNS)
 @pytest.mark.parametrize(("updates", "per_update"), [(1, 3), (2, 3), (3, 1)])
 @pytest.mark.parametrize("starts", [None, [0, 0, 0, 3, 3, 3]])
-def test_a_process_spreads_its_rows_of_an_update_over_its_parts(live, updates, per_update, starts):
+def test_a_process_spreads_its_rows_of_an_update_over_its_parts(informative, updates, per_update, starts):
     sizes, parts = [], updates * per_update
-    shared = [buffer(live, parts, per_update, of=(n, 2), starts=starts) for n in range(2)]
-    alone = buffer(live, parts, per_update, starts=starts)
+    shared = [buffer(informative, parts, per_update, of=(n, 2), starts=starts) for n in range(2)]
+    alone = buffer(informative, parts, per_update, starts=starts)
     for update in range(updates):
         mine = slice(update * per_update, (update + 1) * per_update)
         one, two = (given_out(source, 0)[mine] for source in shared)
@@ -202,29 +202,29 @@ def test_a_micro_batch_can_be_asked_for_again_and_in_any_order():
 # --- Dead rows ---
 
 
-@pytest.mark.parametrize("live", PATTERNS)
+@pytest.mark.parametrize("informative", PATTERNS)
 @pytest.mark.parametrize("micro_batches", [1, 3, 6, 18])
 @pytest.mark.parametrize("keep_in_step", [False, True])
-def test_nominal_sizes_and_weights_add_up(live, micro_batches, keep_in_step):
-    source = buffer(live, micro_batches, keep_in_step=keep_in_step)
+def test_nominal_sizes_and_weights_add_up(informative, micro_batches, keep_in_step):
+    source = buffer(informative, micro_batches, keep_in_step=keep_in_step)
     parts = [source.micro_batch(part) for part in range(micro_batches)]
     assert sum(part.nominal_size for part in parts) == pytest.approx(TOTAL)
-    assert sum(part.weights.sum().item() for part in parts) == len(live_rows(live))
+    assert sum(part.weights.sum().item() for part in parts) == len(live_rows(informative))
     assert all(len(part.weights) == len(part) for part in parts)
 
 
 def test_more_parts_than_live_rows_leave_parts_empty():
-    live = (True, *(False,) * 5)
-    parts = [buffer(live, micro_batches=6).micro_batch(part) for part in range(6)]
+    informative = (True, *(False,) * 5)
+    parts = [buffer(informative, micro_batches=6).micro_batch(part) for part in range(6)]
     assert sorted(map(len, parts)) == [0, 0, 0, 1, 1, 1]
     empty = next(part for part in parts if not len(part))
     assert empty.images == [] and empty.transition.latents.shape == (0, 4, 2) and empty.nominal_size == 3
 
 
-@pytest.mark.parametrize("live", [(False,) * 6, (True, *(False,) * 5)])
-def test_keep_in_step_fills_an_empty_part_with_a_row_of_weight_nothing(live):
-    parts = [buffer(live, micro_batches=6, keep_in_step=True).micro_batch(part) for part in range(6)]
-    bare = [buffer(live, micro_batches=6).micro_batch(part) for part in range(6)]
+@pytest.mark.parametrize("informative", [(False,) * 6, (True, *(False,) * 5)])
+def test_keep_in_step_fills_an_empty_part_with_a_row_of_weight_nothing(informative):
+    parts = [buffer(informative, micro_batches=6, keep_in_step=True).micro_batch(part) for part in range(6)]
+    bare = [buffer(informative, micro_batches=6).micro_batch(part) for part in range(6)]
     for filled, empty in zip(parts, bare, strict=True):
         if len(empty):
             assert same(filled, empty) and filled.weights.tolist() == [1.0] * len(empty)
@@ -258,7 +258,7 @@ def test_rows_that_began_alike_are_given_out_together_and_need_one_velocity(proc
 
 
 def test_every_row_can_be_given_out_live_or_not():
-    source = buffer(live=(False,) * 6)
+    source = buffer(informative=(False,) * 6)
     batches = [source.micro_batch(part, dead_too=True) for part in range(3)]
     assert [len(batch) for batch in batches] == [6, 6, 6]
     assert sorted(row for batch in batches for row in rows(batch)) == live_rows((True,) * 6)
@@ -280,8 +280,8 @@ def test_saving_and_loading_goes_on_identically(tmp_path, sampler, keep_in_step)
     for name, value in vars(source.transitions).items():
         stored = getattr(loaded.transitions, name)
         assert stored.dtype == value.dtype and torch.equal(stored, value), name
-    assert torch.equal(loaded.advantages, source.advantages) and torch.equal(loaded.live, source.live)
-    assert loaded.live.dtype == torch.bool
+    assert torch.equal(loaded.advantages, source.advantages) and torch.equal(loaded.informative, source.informative)
+    assert loaded.informative.dtype == torch.bool
     for name in ("requests", "conditions", "steps", "sampler", "rollout_index", "seed", "batching", "first", "starts"):
         assert getattr(loaded, name) == getattr(source, name), name
         assert type(getattr(loaded, name)) is type(getattr(source, name)), name
@@ -291,7 +291,7 @@ def test_saving_and_loading_goes_on_identically(tmp_path, sampler, keep_in_step)
 def test_what_is_saved_is_safetensors_of_plain_data(tmp_path):
     buffer().save(tmp_path)
     with safe_open(tmp_path / "rollout-0-of-1.safetensors", framework="pt") as stored:
-        assert {"latents", "next_latents", "log_prob", "advantages", "live"} <= set(stored.keys())
+        assert {"latents", "next_latents", "log_prob", "advantages", "informative"} <= set(stored.keys())
         assert "prompt 0" in stored.metadata()["rollout"]
 
 
@@ -321,7 +321,7 @@ def test_a_missing_part_is_named(tmp_path):
 # --- Images at noise levels ---
 
 
-def points(live=SOME, of=(0, 1), old=True, keep_in_step=False) -> PointBuffer:
+def points(informative=SOME, of=(0, 1), old=True, keep_in_step=False) -> PointBuffer:
     """Three levels of each of six images; an image is told by its latents, a row by its old velocity."""
     share = IMAGES // of[1]
     mine = torch.arange(of[0] * share, (of[0] + 1) * share)
@@ -333,7 +333,7 @@ def points(live=SOME, of=(0, 1), old=True, keep_in_step=False) -> PointBuffer:
         old_velocity=number.view(-1, 1, 1).expand(-1, 4, 2).contiguous() if old else None,
         requests=requests_of(mine.tolist()),
         conditions=encode(requests_of(mine.tolist())),
-        live=torch.tensor(live),
+        informative=torch.tensor(informative),
         first=int(mine[0]),
         rollout_index=7,
         seed=5,

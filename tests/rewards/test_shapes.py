@@ -56,7 +56,7 @@ def test_pictures_of_other_prompts_score_low(kind):
 def test_one_wrong_attribute_costs_its_part_and_no_other(change, part):
     spec = world.make_spec("count", n=3, color="red", shape="circle", background="blue")
     image = world.render(spec | change, random.Random(0))
-    grades = shapes.parts(shapes.measure(image), spec)
+    grades = shapes.grades(shapes.measure(image), spec)
     assert grades.pop(part) < 1.0
     assert set(grades.values()) == {1.0}
     assert score(shapes.shapes_exact, image, spec) == 0.0
@@ -69,7 +69,7 @@ def test_relation_is_measured(relation, asked):
     said = {"color": "red", "shape": "circle", "color2": "green", "shape2": "cross", "background": "white"}
     image = world.render(world.make_spec("pair", relation=relation, **said), random.Random(0))
     spec = world.make_spec("pair", relation=asked, **said)
-    assert shapes.parts(shapes.measure(image), spec)["relation"] == float(relation == asked)
+    assert shapes.grades(shapes.measure(image), spec)["relation"] == float(relation == asked)
 
 
 def test_both_ways_to_say_a_pair_score_the_same_picture():
