@@ -88,7 +88,7 @@ def test_what_is_written_gets_its_name_at_the_end_and_lists_its_files(tmp_path):
         fill(folder / "deeper", shard=7)
     assert fault(final) is None and not (tmp_path / UNFINISHED).exists()
     content = json.loads((final / MANIFEST).read_text())
-    assert content["files"] == {"model": 10, "deeper/shard": 7} and content["run"] == RUN and content["format"] == 2
+    assert content["files"] == {"model": 10, "deeper/shard": 7} and content["run"] == RUN and content["format"] == 3
 
 
 @pytest.mark.parametrize(
