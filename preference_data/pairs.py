@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from preference_data.digests import data_digest
 from preference_data.hints import nearest
 from preference_data.images import ImageSource
 from preference_data.schemas import BestWorst, Pair, Preference, Ranked, ReferenceWorst
@@ -48,6 +49,10 @@ class PairList:
         self.min_margin = min_margin
         self.min_confidence = min_confidence
         self.counts = PairCounts()
+
+    def digest(self) -> str | None:
+        """Return a digest of the content of what the pairs are made of."""
+        return data_digest(self.records)
 
     def __iter__(self) -> Iterator[Pair]:
         counts = self.counts = PairCounts()
@@ -201,6 +206,10 @@ class MergedVotes:
     def __init__(self, pairs: Iterable[Pair]) -> None:
         self.pairs = pairs
         self.merged = 0
+
+    def digest(self) -> str | None:
+        """Return a digest of the content of what the pairs are made of."""
+        return data_digest(self.pairs)
 
     def __iter__(self) -> Iterator[Pair]:
         self.merged = 0

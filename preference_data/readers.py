@@ -14,12 +14,13 @@ from typing import Any, Generic, TypeVar
 from tqdm import tqdm
 
 from preference_data.cells import Cells
+from preference_data.digests import data_digest, files_digest, records_digest
 from preference_data.formats import IMAGE, PROMPT, captioned, find_layout, join_one_image_rows
 from preference_data.hints import did_you_mean, nearest
 from preference_data.images import BadRow
 from preference_data.rows import Row
 from preference_data.schemas import CaptionedImage, Pair, Preference
-from preference_data.sources import ImageFolder, Source, open_source
+from preference_data.sources import Files, ImageFolder, Source, open_source
 
 #: What to do with a row that cannot be used.
 ON_BAD_ROW = ("error", "skip")
@@ -139,6 +140,12 @@ class Records(Generic[Item]):
                 image.check_header()
             checked.append(record)
         self._checked = checked
+
+    def digest(self) -> str | None:
+        """Return a digest of the data's content, see :mod:`preference_data.digests`."""
+        if self.source.by_path or isinstance(self.source, ImageFolder):
+            return records_digest(self)
+        return files_digest(self.source.files) if isinstance(self.source, Files) else data_digest(self.source)
 
 
 class _FirstRows:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from preference_data.digests import data_digest
 from preference_data.hints import did_you_mean
 from preference_data.images import BadRow
 from preference_data.rows import IMAGE_ENDINGS, READERS, TEXT_ENDINGS, Row, ending_of, read_rows, sample_row
@@ -115,6 +116,10 @@ class InMemory:
             raise ValueError(f"{name} has several splits, {', '.join(dataset.keys())}: pass one of them")
         self.name = name
         self.dataset = dataset
+
+    def digest(self) -> str | None:
+        """Return a digest of the data's content; None of a data set that streams."""
+        return data_digest(self.dataset)
 
     def __iter__(self) -> Iterator[Row | BadRow]:
         number = 0

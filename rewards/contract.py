@@ -73,7 +73,7 @@ class Reward:
     name: the name it is logged under. function: the callable. weight: its share in the weighted sum, a number or one
     for each category; with 0 it is only measured.
     columns: the data columns it takes by name, None if it takes all of them (``**columns``).
-    required: those of them without a default.
+    required: those of them without a default. digest: of what computes it, "" where that is not known.
     """
 
     name: str
@@ -81,6 +81,7 @@ class Reward:
     weight: Weight
     columns: tuple[str, ...] | None
     required: tuple[str, ...]
+    digest: str = ""
 
     def check_columns(self, available: Iterable[str]) -> None:
         """Raise ValueError if the data has no column that this reward or its weight needs."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.contract import GIVEN, Reward, RunsElsewhere
+from rewards.digests import digest_of, digest_of_callable
 from rewards.hints import nearest
 from rewards.table import BUILTINS
 from rewards.weights import Weight, parse_weight
@@ -82,17 +83,19 @@ def _load(spec: Spec) -> Reward:
         spec = {"use": spec}
     elif callable(spec):
         name = getattr(spec, "__name__", type(spec).__name__)
-        return _reward(f"custom_{TOTAL}" if name in (TOTAL, "<lambda>") else name, spec, 1.0)
+        reward = _reward(f"custom_{TOTAL}" if name in (TOTAL, "<lambda>") else name, spec, 1.0)
+        return replace(reward, digest=digest_of_callable(spec))
     _check_entry(spec)
     use = spec["use"]
     weight = parse_weight(use, spec.get("weight", 1.0))
     _check_run_settings(spec)
-    name = spec.get("name") or _default_name(use)
+    name, digest = spec.get("name") or _default_name(use), digest_of(spec)
     if use in BUILTINS and (spec.get("args") or {}).get("backend") == "package":
         spec = _run_by_package(spec)
     if "endpoints" in spec or "environment" in spec:
-        return _load_elsewhere(name, spec, weight)
-    reward = _reward(name, _make(use, spec.get("args")), weight)
+        reward = _load_elsewhere(name, spec, weight)
+        return replace(reward, digest=getattr(reward.function, "digest", None) or digest)
+    reward = replace(_reward(name, _make(use, spec.get("args")), weight), digest=digest)
     if "timeout" not in spec:
         return reward
     from rewards.remote.timed import Timed

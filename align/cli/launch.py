@@ -1,7 +1,6 @@
 """From a command line to a finished run: what the doors' ``main`` functions share."""
 
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,12 @@ from typing import Any
 from align.cli.arguments import DTYPES, ModelArguments, parse, plain_errors
 from align.engine import reports
 from align.engine.checkpoints import CheckpointError
-from align.engine.resume import ResumePlan, is_within, plan_resume, run_identity
+from align.engine.resume import ResumePlan, describe_inputs, is_within, plan_resume, run_identity
 from align.engine.settings import FlowConfig, values_of
 from align.engine.trainer import FlowTrainer
 from align.models import families
 from align.models.contract import FlowModel, NotFinite
 from align.models.loading import nearest
-from rewards import Reward
-from rewards.weights import shown
 
 
 def load_model(arguments: ModelArguments) -> FlowModel:
@@ -54,9 +51,9 @@ def run(data_type: type, config_type: type, trainer_type: type[Any], argv: list[
         door = trainer_type.__module__.rpartition(".")[2]
         data, model_args, args = parse((data_type, ModelArguments, config_type), argv, door)
         inputs = data.load()
-        args.fixed_beside, args.free_beside = settings_beside(data, model_args, inputs["rewards"])
+        args.fixed_beside, args.free_beside = settings_beside(data, model_args)
         model = defer_model(model_args)
-        identity = run_identity(trainer_type.algorithm, model.outline.identity(), args)
+        identity = run_identity(trainer_type.algorithm, model.outline.identity(), args, describe_inputs(**inputs))
         plan = plan_resume(args, identity, args.resume_from_checkpoint)
         check_adapter_stays(model_args.adapter, args, plan)
         trainer = trainer_type(model, args=args, peft_config=model_args.peft_config(), **inputs)
@@ -73,16 +70,15 @@ def check_adapter_stays(adapter: str | None, args: FlowConfig, plan: ResumePlan)
         )
 
 
-def settings_beside(
-    data: Any, model: ModelArguments, rewards: Sequence[Reward]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def settings_beside(data: Any, model: ModelArguments) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings of data and model that a resume must not change, and those of the data that it may.
 
-    Of the rewards they have names and weights: the rest of an entry may hold a password.
+    The rewards are not among them: an entry may hold a password.
     """
     fixed = values_of(data, fixed_on_resume=True) | values_of(model, fixed_on_resume=True)
-    named = [f"{reward.name} (weight {shown(reward.weight)})" for reward in rewards]
-    return fixed, values_of(data, fixed_on_resume=False) | {"rewards": named}
+    free = values_of(data, fixed_on_resume=False)
+    del free["rewards"]
+    return fixed, free
 
 
 def train_and_finish(

@@ -4,6 +4,7 @@ import json
 import logging
 import shlex
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from align.engine import checkpoints
 from align.engine.settings import FlowConfig, values_of
 from align.models.loading import INDEX
 from align.parallel.sharding import Sharding, sharded_otherwise
+from preference_data.digests import data_digest
+from rewards import Reward
+from rewards.weights import shown
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +28,19 @@ EXPORTED = ("pytorch_lora_weights.safetensors", "transformer", "trainer_state.js
 FIXED = "fixed_on_resume"
 #: In it: rows of all processes that an update sees. :func:`_check_rows` says what would make them the same.
 ROWS_PER_UPDATE = "rows_per_update"
-#: Section of an identity: this library's other settings. A resumed run may change them, and says so.
+#: Section of an identity: what a resumed run may change, and says so.
 FREE = "settings"
-#: What a change of says nothing of the run: settings of the command, and a rate that is restored with the schedule.
-_OF_THE_COMMAND = {"overwrite_output_dir", "check_memory", "per_device_train_batch_size", "gradient_accumulation_steps",
-                   "learning_rate"}  # fmt: skip
+#: transformers' settings that a checkpoint's optimizer and schedule hold: others would be ignored, or bend the schedule.
+_RESTORED = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args",
+             "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")  # fmt: skip
+#: transformers' settings that a resumed run takes over and that change its updates.
+_TAKEN_OVER = ("max_steps", "num_train_epochs", "max_grad_norm", "bf16", "fp16")
+#: What a change of says nothing of the run: settings of the command, and what is compared elsewhere.
+_OF_THE_COMMAND = {"overwrite_output_dir", "check_memory", "per_device_train_batch_size", "gradient_accumulation_steps"}  # fmt: skip
+#: Schedules that do not depend on the length of the run.
+_WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
+#: Name of the digest of the training data.
+TRAINING_DATA = "training_data"
 
 
 @dataclass(frozen=True)
@@ -42,11 +54,51 @@ class ResumePlan:
     written_under: Sharding | None = None
 
 
-def run_identity(algorithm: str, model: dict[str, dict[str, Any]], args: FlowConfig) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class Inputs:
+    """What tells a run's data and rewards from another's.
+
+    fixed: what a resume must not change. free: what it may.
+    """
+
+    fixed: dict[str, Any]
+    free: dict[str, Any]
+
+
+def describe_inputs(
+    train_dataset: Any,
+    rewards: Sequence[Reward],
+    eval_dataset: Any = None,
+    eval_prompts: Any = None,
+    guard_datasets: Mapping[str, Any] | None = None,
+    **others: Any,
+) -> Inputs:
+    """Describe data by digests of their content, and rewards by name, weight and a digest of what computes them.
+
+    It takes what a trainer takes, and leaves ``others`` out. Of the rest of a reward's entry nothing is kept: it may hold
+    a password.
+    """
+    fixed, free, held_out = {}, {}, [eval_dataset, eval_prompts, *(guard_datasets or {}).values()]
+    if (digest := data_digest(train_dataset)) is not None:
+        fixed[TRAINING_DATA] = digest
+    if digests := [digest for data in held_out if data is not None and (digest := data_digest(data)) is not None]:
+        free["held_out_data"] = digests
+    if rewards:
+        free["rewards"] = [
+            f"{reward.name} (weight {shown(reward.weight)}" + (f", {reward.digest[:8]})" if reward.digest else ")")
+            for reward in rewards
+        ]
+    return Inputs(fixed, free)
+
+
+def run_identity(
+    algorithm: str, model: dict[str, dict[str, Any]], args: FlowConfig, inputs: Inputs
+) -> dict[str, dict[str, Any]]:
     """Return what a checkpoint of a run belongs to; ``model``: see :meth:`align.models.contract.FlowModel.identity`."""
-    fixed = values_of(args, fixed_on_resume=True) | args.fixed_beside | {ROWS_PER_UPDATE: args.rows_per_update()}
+    fixed = values_of(args, fixed_on_resume=True) | args.fixed_beside | inputs.fixed
+    fixed |= {name: getattr(args, name) for name in _RESTORED} | {ROWS_PER_UPDATE: args.rows_per_update()}
     free = {k: v for k, v in values_of(args, fixed_on_resume=False).items() if k not in _OF_THE_COMMAND}
-    free |= args.free_beside
+    free |= {name: getattr(args, name) for name in _TAKEN_OVER} | args.free_beside | inputs.free
     return {"algorithm": {"algorithm": algorithm}, **model, FIXED: fixed, FREE: free}
 
 
@@ -73,12 +125,14 @@ def plan_resume(args: FlowConfig, identity: dict[str, dict[str, Any]], wanted: s
         if log:
             logger.warning("%s holds no checkpoint to resume from yet: starting afresh", args.output_dir)
         return ResumePlan()
+    _check_format(folder)
+    if log:
+        _log_differences(folder, identity)
     _check_identity(folder, identity)
     _check_rows(folder, args)
+    _check_optimizer(folder)
     if not is_within(folder, args.output_dir):
         _check_earlier_run(args)
-    if log:
-        _log_changes(folder, identity)
     return ResumePlan(folder, sharded_otherwise(folder, args, log))
 
 
@@ -138,19 +192,24 @@ def _stored(folder: Path) -> dict[str, Any]:
     return json.loads((folder / checkpoints.MANIFEST).read_text())
 
 
+def _check_format(folder: Path) -> None:
+    """Raise ValueError for a checkpoint of a version that wrote others."""
+    stored = _stored(folder)
+    if stored["format"] != checkpoints.FORMAT:
+        raise ValueError(
+            f"checkpoint {folder} was written by flow-align {stored['version']} in format {stored['format']}, and this "
+            f"is {align.__version__}, which reads format {checkpoints.FORMAT}: resume with that version"
+            f"{_new_run(stored, folder)}"
+        )
+
+
 def _check_identity(folder: Path, identity: dict[str, dict[str, Any]]) -> None:
     """Raise ValueError, naming what differs and what would do, when a checkpoint is not of this run.
 
     What only one of the two knows is not compared, nor are the rows of an update.
     """
     stored = _stored(folder)
-    lora = stored["run"]["trained"]["tuning"] == "LoRA"
-    new_run = f", or start a new run, in another output_dir, from its LoRA with --adapter {folder}" if lora else ""
-    if stored["format"] != checkpoints.FORMAT:
-        raise ValueError(
-            f"checkpoint {folder} was written by flow-align {stored['version']} in format {stored['format']}, and this "
-            f"is {align.__version__}, which reads format {checkpoints.FORMAT}: resume with that version{new_run}"
-        )
+    new_run = _new_run(stored, folder)
     advice = {
         "algorithm": "resume with the trainer that wrote it",
         "model": "resume with the model it was trained on",
@@ -166,11 +225,15 @@ def _check_identity(folder: Path, identity: dict[str, dict[str, Any]]) -> None:
                 what = f"the model is {current['model']['name']} and was {stored['run']['model']['name']} ({what})"
             raise ValueError(f"{what} when {folder} was written: {do}")
     changed = [d for d in _differences(current[FIXED], stored["run"].get(FIXED, {})) if d[0] != ROWS_PER_UPDATE]
+    # Other data may be the work of another setting (a trigger word): then that is what is told.
+    changed = [d for d in changed if d[0] != TRAINING_DATA] or changed
     if changed:
         what = ", ".join(f"{name} is {value!r} and was {before!r}" for name, value, before in changed)
         options = " ".join(_option(name, before) for name, _, before in changed if before is not None)
         ways = [f"with {options}"] if options else []
         ways += [f"without --{name}" for name, _, before in changed if before is None]
+        if changed[0][0] == TRAINING_DATA:
+            ways = ["with the data as they were"]
         raise ValueError(f"{what} when {folder} was written: resume {' and '.join(ways)}{new_run}")
 
 
@@ -209,12 +272,45 @@ def _check_rows(folder: Path, args: FlowConfig) -> None:
     )
 
 
-def _log_changes(folder: Path, identity: dict[str, dict[str, Any]]) -> None:
-    """Name the settings that may change on a resume, and have changed."""
-    current = json.loads(json.dumps(identity[FREE]))
-    changed = [
-        f"{name} {before!r} -> {value!r}"
-        for name, value, before in _differences(current, _stored(folder)["run"].get(FREE, {}))
-    ]
-    if changed:
-        logger.warning("settings changed since %s was written: %s", folder, ", ".join(changed))
+def _check_optimizer(folder: Path) -> None:
+    """Raise ValueError for a checkpoint of the weights alone: the optimizer would begin anew."""
+    stored = _stored(folder)
+    if not any(Path(name).parts[0] == "optimizer.pt" or name.startswith("global_step") for name in stored["files"]):
+        raise ValueError(
+            f"checkpoint {folder} holds weights and no optimizer (save_only_model), which would begin anew: resume from "
+            f"one that was saved whole{_new_run(stored, folder)}"
+        )
+
+
+def _new_run(stored: dict[str, Any], folder: Path) -> str:
+    """Say how a new run starts from the checkpoint's LoRA, if it has one."""
+    lora = stored["run"]["trained"]["tuning"] == "LoRA"
+    return f", or start a new run, in another output_dir, from its LoRA with --adapter {folder}" if lora else ""
+
+
+def _log_differences(folder: Path, identity: dict[str, dict[str, Any]]) -> None:
+    """Show in one table all that differs from the checkpoint, and what becomes of it."""
+    stored, current, rows = _stored(folder)["run"], json.loads(json.dumps(identity)), []
+    schedule = current[FIXED]["lr_scheduler_type"]
+    for section in current:
+        outcome = "taken over" if section == FREE else "refused"
+        for name, value, before in _differences(current[section], stored.get(section, {})):
+            becomes = outcome
+            if (section, name) == ("model", "name"):
+                becomes = "taken over: the same model"
+            elif name in ("max_steps", "num_train_epochs") and schedule not in _WITHOUT_END:
+                becomes += f"; from here on the {schedule} schedule is that of the new length"
+            rows.append((name, _short(before), _short(value), becomes))
+    if rows:
+        head = ("", f"checkpoint-{folder.name.rpartition('-')[2]}", "this run", "")
+        widths = [max(len(row[column]) for row in [head, *rows]) for column in range(3)]
+        lines = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in [head, *rows]
+        ]
+        logger.warning("what differs from %s:\n%s", folder, "\n".join("  " + line.rstrip() for line in lines))
+
+
+def _short(value: Any) -> str:
+    """Write a value for a cell of a table."""
+    text = " ".join((", ".join(map(str, value)) if isinstance(value, list) else str(value)).split())
+    return text if len(text) <= 60 else text[:57] + "..."

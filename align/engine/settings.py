@@ -86,7 +86,7 @@ def values_of(settings: Any, fixed_on_resume: bool) -> dict[str, Any]:
 class FlowConfig(TrainingArguments):
     """Training arguments that every algorithm here shares, over transformers' own."""
 
-    learning_rate: float = setting(3e-4, "Initial learning rate.")
+    learning_rate: float = setting(3e-4, "Initial learning rate.", fixed_on_resume=True)
     logging_steps: float = setting(1, "Log every this many optimizer updates.")
     seed: int = setting(42, "Of everything random in a run.", fixed_on_resume=True)
     data_seed: int | None = setting(None, "Of the order of the data. Default: seed.", fixed_on_resume=True)

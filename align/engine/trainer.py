@@ -17,7 +17,7 @@ from transformers import TrainerCallback, set_seed
 from align.engine import checkpoints, reports
 from align.engine.checks import check_memory
 from align.engine.metrics import RunMetrics
-from align.engine.resume import ResumePlan, clear_earlier_run, is_within, plan_resume, run_identity
+from align.engine.resume import ResumePlan, clear_earlier_run, describe_inputs, is_within, plan_resume, run_identity
 from align.engine.saving import CheckpointingTrainer, HandedOn
 from align.engine.settings import FlowConfig
 from align.engine.signals import InterruptCallback
@@ -87,6 +87,7 @@ class FlowTrainer(CheckpointingTrainer):
         self.check_data(args, train_dataset)
         args.check_evaluation(eval_prompts is not None or eval_dataset is not None)
         args.check_best(eval_prompts is not None and bool(self.rewards), eval_dataset is not None)
+        self.inputs = describe_inputs(train_dataset, self.rewards, eval_dataset, eval_prompts, guard_datasets)
         deferred = Deferred.of(model, peft_config)
         deferred.outline.latent_shape(args.height, args.width)
         check_zero(args, peft_config is not None or deferred.outline.adapter)
@@ -258,7 +259,7 @@ class FlowTrainer(CheckpointingTrainer):
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """Return what a checkpoint of this run belongs to."""
-        return run_identity(self.algorithm, self.flow.identity(), self.args)
+        return run_identity(self.algorithm, self.flow.identity(), self.args, self.inputs)
 
     # -- the end ----------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from align.engine.matching import MatchingBatch
+from align.engine.resume import describe_inputs
 from align.engine.trainer import FlowTrainer, ModelSource
 from align.models.contract import Request
 from align.models.families import Deferred
@@ -49,6 +50,7 @@ class OfflineTrainer(FlowTrainer):
         cell = model.outline.cell
         buckets = make_buckets(args.bucket_resolution(cell), cell, args.max_aspect_ratio)
         super().__init__(model, args, None, eval_dataset, **others)
+        self.inputs.fixed.update(describe_inputs(train_dataset, []).fixed)
         self.flow.condition_cache = cache = TensorCache(args.cache_dir) if args.cache_dir else None
         self.store = LatentStore(self.flow, cache, buckets, on_bad_row)
         self.train_dataset = DrawnExamples(

@@ -79,7 +79,7 @@ class Remote(RunsElsewhere):
         self._lock = threading.Lock()
         self._max_bytes = wire.UNLIMITED.bytes
         self._first_endpoint, description = self._describe_reward()
-        self._digest: str | None = description["digest"]
+        self.digest: str | None = description["digest"]
         self.columns = None if description["columns"] is None else tuple(description["columns"])
         self.required = tuple(description["required"])
 
@@ -195,7 +195,7 @@ class Remote(RunsElsewhere):
             raise _TryAgain(f"{endpoint} answered something other than scores: {answer.text[:200]!r}") from None
         if not isinstance(scores, list) or len(scores) != images:
             raise RewardError(f"{endpoint} answered {str(scores)[:100]} for {images} images")
-        if answer.headers.get(wire.DIGEST_HEADER) != self._digest:
+        if answer.headers.get(wire.DIGEST_HEADER) != self.digest:
             raise RewardError(
                 f"reward {self.use!r} is not the same at {endpoint} as it was at {self._first_endpoint} at the start "
                 "(another `use`, `args` or file): their scores cannot be mixed"

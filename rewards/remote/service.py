@@ -2,14 +2,11 @@
 
 import asyncio
 import contextlib
-import hashlib
 import hmac
 import importlib.metadata
-import json
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -96,7 +93,7 @@ class Service:
         """Load the rewards and run their lanes. The server listens already, so that a supervisor sees it loading."""
         try:
             rewards: list[Reward] = await in_thread(load_rewards, self.specs)
-            self.digests = {reward.name: digest_of(spec) for reward, spec in zip(rewards, self.specs, strict=True)}
+            self.digests = {reward.name: reward.digest for reward in rewards}
         except Exception as error:  # the service cannot run without its rewards, and ends with this message
             self.error = describe(error)
             self.stop()
@@ -246,20 +243,6 @@ class _Memory:
             yield reserve
         finally:
             reserve(-reserved)
-
-
-def digest_of(spec: Any) -> str:
-    """Return a digest of a config's entry: scores of services with the same digest may be mixed.
-
-    It is the SHA-256 of ``use`` and ``args`` as JSON; for a ``file.py:attr`` of the file's content instead of its path.
-    """
-    entry = spec if isinstance(spec, Mapping) else {"use": spec}
-    use, args = entry["use"], entry.get("args") or None
-    file, _, attribute = str(use).rpartition(":")
-    if file.endswith(".py"):
-        use = [hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest(), attribute]
-    text = json.dumps({"use": use, "args": args}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _parse(body: bytearray, limits: wire.Limits, reserve: Callable[[int], None]) -> wire.Request:

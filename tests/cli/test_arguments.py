@@ -20,8 +20,8 @@ from align.cli.arguments import (
     resolve_dataset,
 )
 from align.cli.configs import find_config, shipped
-from align.grpo import DataArguments, GRPOConfig
 from align.engine.checkpoints import FORMAT
+from align.grpo import DataArguments, GRPOConfig
 from align.models.families import outline
 from align.models.qwen_image import QwenImage
 from align.tiny import CHECKPOINT, PROMPTS
@@ -514,7 +514,8 @@ def test_an_earlier_run_is_not_overwritten_unless_asked(folder):
         "algorithm": {"algorithm": "GRPO"},
         "trained": {"tuning": "LoRA"},
     }  # what a part does not say is not compared
-    content = {"format": FORMAT, "version": "0.1.0", "run": run, "files": {"trainer_state.json": 19}}
+    content = {"format": FORMAT, "version": "0.1.0", "run": run, "files": {"trainer_state.json": 19, "optimizer.pt": 2}}
+    (folder / "run" / "checkpoint-12" / "optimizer.pt").write_text("{}")
     (folder / "run" / "checkpoint-12" / "checkpoint.json").write_text(json.dumps(content))
     said = answer()
     assert "run holds checkpoint-12 of an earlier run" in said

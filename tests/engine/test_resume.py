@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from matching_runs import GROUNDED, dpo, sft
 
 from align import sft as door
@@ -15,12 +16,13 @@ from align.cli.images import CaptionedDataArguments, PreferenceDataArguments
 from align.cli.launch import check_adapter_stays, settings_beside
 from align.dpo import DPOConfig
 from align.dpo_online import OnlineDPOConfig
-from align.engine.resume import ROWS_PER_UPDATE, ResumePlan, clear_earlier_run, plan_resume
+from align.engine.resume import ROWS_PER_UPDATE, ResumePlan, clear_earlier_run, describe_inputs, plan_resume
 from align.engine.settings import FlowConfig, check_settings, setting, values_of
 from align.grpo import GRPOConfig
 from align.models.qwen_image import QwenImage
 from align.nft import NFTConfig
 from align.sft import SFTConfig
+from preference_data.readers import read_captioned
 from rewards import load_rewards
 
 SAVING = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
@@ -91,6 +93,77 @@ def test_settings_of_data_and_model_are_refused_by_name_on_the_command_line(runs
             start(resumed | change)
     start(resumed)
     assert (tmp_path / "out" / "checkpoint-2").is_dir()
+
+
+def test_all_that_differs_stands_in_one_table(runs, tmp_path, caplog):
+    """What the checkpoint's optimizer holds, and the data, are refused; what is taken over is said."""
+    cache = str(runs["sft"].parents[1] / "cache")
+    rows = list(read_captioned(GROUNDED))
+    edited = [dataclasses.replace(rows[0], prompt="another caption"), *rows[1:]]
+    for change, data, message in (
+        (
+            {"learning_rate": 1e-4},
+            None,
+            r"learning_rate is 0\.0001 and was 0\.001 when .*: resume with --learning_rate 0\.001",
+        ),
+        ({"optim": "sgd"}, None, "optim is 'sgd' and was 'adamw_torch.*: resume with --optim adamw_torch"),
+        (
+            {"lr_scheduler_type": "cosine", "warmup_steps": 2},
+            None,
+            "resume with --lr_scheduler_type linear --warmup_steps 0",
+        ),
+        ({"adam_beta2": 0.95}, None, r"adam_beta2 is 0\.95 and was 0\.999"),
+        (
+            {"max_steps": 9},
+            edited,
+            r"training_data is '160 records, .*' and was '160 records, .*with the data as they were",
+        ),
+        ({}, rows[1:], "training_data is '159 records, "),
+    ):
+        run = sft(tmp_path / "new", data, cache_dir=cache, **change)
+        with pytest.raises(ValueError, match=message):
+            run.train(resume_from_checkpoint=str(runs["sft"]))
+    table = [line.split() for line in caplog.text.splitlines() if line.startswith("  ")]
+    assert ["learning_rate", "0.001", "0.0001", "refused"] in table
+    assert [
+        "max_steps",
+        "1",
+        "9",
+        *[
+            "taken",
+            "over;",
+            "from",
+            "here",
+            "on",
+            "the",
+            "linear",
+            "schedule",
+            "is",
+            "that",
+            "of",
+            "the",
+            "new",
+            "length",
+        ],
+    ] in table
+    assert next(row for row in table if row[0] == "training_data")[-1] == "refused"
+
+
+def test_the_same_data_elsewhere_are_the_same_data(runs, tmp_path, caplog):
+    moved = shutil.copytree(GROUNDED, tmp_path / "moved")
+    run = sft(
+        tmp_path / "new", read_captioned(str(moved)), cache_dir=str(runs["sft"].parents[1] / "cache"), max_steps=1
+    )
+    run.train(resume_from_checkpoint=str(runs["sft"]))
+    assert "what differs" not in caplog.text
+
+
+def test_a_checkpoint_of_weights_alone_is_no_place_to_go_on_from(tmp_path):
+    """A fresh optimizer would begin there without a word."""
+    sft(tmp_path / "first", save_only_model=True, **SAVING).train()
+    again = sft(tmp_path / "again", cache_dir=str(tmp_path / "first" / "cache"), max_steps=2)
+    with pytest.raises(ValueError, match=r"checkpoint-1 holds weights and no optimizer .*from its LoRA with --adapter"):
+        again.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-1"))
 
 
 def start(words: dict) -> None:
@@ -175,9 +248,13 @@ def test_an_adapter_in_the_folder_of_the_new_run_is_refused(runs, tmp_path):
 @pytest.mark.parametrize("data", [DataArguments, CaptionedDataArguments, PreferenceDataArguments])
 def test_data_and_rewards_are_of_what_a_resume_names(data):
     secret = {"use": "brightness", "environment": {"variables": {"KEY": "5ec3e7"}}}
-    named, rewards = data(dataset_name="mine", rewards=[secret]), load_rewards(["brightness"])
-    _, free = settings_beside(named, ModelArguments(), rewards)
-    assert free["dataset_name"] == "mine" and free["rewards"] == ["brightness (weight 1)"] and "5ec3e7" not in str(free)
+    _, free = settings_beside(data(dataset_name="mine", rewards=[secret]), ModelArguments())
+    assert free["dataset_name"] == "mine" and "5ec3e7" not in str(free)
+    prompts = Dataset.from_dict({"prompt": ["a", "b"]})
+    inputs = describe_inputs(prompts, load_rewards([{"use": "brightness", "weight": 2}]), guard_datasets={"g": prompts})
+    assert list(inputs.fixed) == ["training_data"] and inputs.fixed["training_data"].startswith("2 rows, ")
+    assert inputs.free["rewards"][0].startswith("brightness (weight 2, ")
+    assert inputs.free["held_out_data"] == [inputs.fixed["training_data"]]
 
 
 def test_what_only_sft_has_is_refused_too(runs, tmp_path):
@@ -188,7 +265,7 @@ def test_what_only_sft_has_is_refused_too(runs, tmp_path):
 def test_the_objective_may_change_and_is_named(runs, tmp_path, caplog):
     again = dpo(tmp_path, max_steps=2, loss_type="hinge", cache_dir=str(runs["sft"].parents[1] / "cache"))
     again.train(resume_from_checkpoint=str(runs["dpo"]))
-    assert again.state.global_step == 2 and "loss_type 'sigmoid' -> 'hinge'" in caplog.text
+    assert again.state.global_step == 2 and "loss_type  sigmoid       hinge     taken over" in caplog.text
 
 
 def test_the_command_line_says_so_before_a_model_is_loaded(runs, tmp_path, monkeypatch):
@@ -198,7 +275,8 @@ def test_the_command_line_says_so_before_a_model_is_loaded(runs, tmp_path, monke
     monkeypatch.setattr(QwenImage, "load", loaded)
     words = {
         "dataset_name": GROUNDED, "output_dir": tmp_path / "out", "height": 64, "width": 64, "lora_r": 4, "lora_alpha": 8,
-        "per_device_train_batch_size": 4, "use_cpu": True, "logit_mean": 0.5, "resume_from_checkpoint": runs["sft"],
+        "per_device_train_batch_size": 4, "use_cpu": True, "logit_mean": 0.5, "learning_rate": 1e-3,
+        "resume_from_checkpoint": runs["sft"],
     }  # fmt: skip
     with pytest.raises(SystemExit, match=r"error: logit_mean is 0.5 and was 0.0 when .* resume with --logit_mean 0.0"):
         door.main([str(word) for name, value in words.items() for word in (f"--{name}", value)])

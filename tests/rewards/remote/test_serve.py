@@ -24,7 +24,7 @@ from rewards import load_rewards, score
 from rewards.contract import RunsElsewhere
 from rewards.remote import wire
 from rewards.remote.lanes import Lane
-from rewards.remote.service import Refused, digest_of
+from rewards.remote.service import Refused
 from rewards.remote.service import Service as App
 
 TOKEN = "kept-secret"
@@ -443,21 +443,6 @@ def test_a_token_that_no_header_can_hold_is_refused_and_not_shown(tmp_path):
     ended = run("--use", "shapes_exact", "--token_file", str(tmp_path / "token"))
     assert ended.returncode == 1 and "characters other than printable ASCII" in ended.stderr
     assert "gehe" not in ended.stderr
-
-
-def test_a_digest_tells_rewards_apart_and_not_where_their_file_lies(tmp_path):
-    for folder, text in (("a", "x = 1"), ("b", "x = 1"), ("c", "x = 2")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "r.py").write_text(text)
-    files = [digest_of(f"{tmp_path / folder}/r.py:x") for folder in "abc"]
-    assert files[0] == files[1] != files[2] and files[0] != digest_of(f"{tmp_path}/a/r.py:y")
-    assert (
-        digest_of("ocr")
-        == digest_of({"use": "ocr", "name": "text", "timeout": 3})
-        == digest_of({"use": "ocr", "args": {}})
-    )
-    with_args = digest_of({"use": "ocr", "args": {"a": 1, "b": [2]}})
-    assert with_args == digest_of({"args": {"b": [2], "a": 1}, "use": "ocr"}) != digest_of("ocr")
 
 
 def test_a_port_in_use_is_named(service):
