@@ -26,6 +26,7 @@ from align.cli.launch import defer_model
 from align.engine.settings import check_settings, plan_of, setting, values_of
 from align.engine.signals import Interrupt
 from align.models.contract import FlowModel, NotFinite
+from align.models.loading import digest_adapter
 from align.parallel.sharding import check_world_size
 from align.sampling.held_out import check_columns
 from align.sampling.noise import ImageKey
@@ -35,7 +36,6 @@ from align.sampling.scorer import Failures
 from preference_data.prompts import load_prompts
 from preference_data.writer import RankedWriter
 from rewards import Reward, RewardError, load_rewards
-from rewards.weights import CategoryWeights, shown
 
 
 @dataclass
@@ -76,9 +76,9 @@ class GenerateArguments:
 
     def decides(self, model: ModelArguments, rewards: Sequence[Reward]) -> dict[str, Any]:
         """Return what decides the content of a row: to go on with other values would mix two data sets."""
-        weights = {r.name: shown(r.weight) if isinstance(r.weight, CategoryWeights) else r.weight for r in rewards}
+        adapter = model.adapter and digest_adapter(model.adapter)
         settings = values_of(self, fixed_on_resume=True)
-        return settings | {"model": model.model, "adapter": model.adapter, "rewards": weights}
+        return settings | {"model": model.model, "adapter": adapter, "rewards": [r.described() for r in rewards]}
 
 
 def generate(
@@ -160,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
             columns=extra_columns(dataset),
             settings=args.decides(model_args, rewards),
         )
+        writer.check_prompts(dataset["prompt"])
         state.wait_for_everyone()  # before anybody writes, all have seen what is there
         model: Any = deferred.load()
     model.device = state.device

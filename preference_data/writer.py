@@ -88,6 +88,15 @@ class RankedWriter:
         """The indices of all rows in complete files, whichever process or run wrote them."""
         return frozenset(self._done)
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise ValueError, naming the row, when a row that is written already has another prompt than the data now."""
+        for index in sorted(self._done):
+            if index < len(prompts) and prompts[index] != self._done[index]:
+                raise ValueError(
+                    f"{self.folder} was written from other prompts: its row {index} has {self._done[index][:80]!r}, and "
+                    f"the data {prompts[index][:80]!r}: use the same data, or another folder"
+                )
+
     def write(
         self,
         index: int,
@@ -145,7 +154,7 @@ class RankedWriter:
             os.fsync(file.fileno())
         partial.replace(target)
         _sync_folder(self.folder)
-        self._done.update(row["index"] for row in self._rows)
+        self._done.update((row["index"], row["prompt"]) for row in self._rows)
         self._rows = []
         self._next_number += 1
 
@@ -201,9 +210,9 @@ class RankedWriter:
             if file_name and self._cleans_up(file_name):
                 file.unlink()
 
-    def _find_done(self) -> tuple[set[int], int]:
-        """Return the indices in complete files, and the number of this process's next file."""
-        done: set[int] = set()
+    def _find_done(self) -> tuple[dict[int, str], int]:
+        """Return the prompts in complete files by their index, and the number of this process's next file."""
+        done: dict[int, str] = {}
         next_number = 0
         for file in sorted(self.folder.glob("part-*.parquet")):
             file_name = _FILE_NAME.fullmatch(file.name)
@@ -212,7 +221,7 @@ class RankedWriter:
             if file.name.startswith(self._prefix):
                 next_number = max(next_number, int(file_name[3]) + 1)
             try:
-                done.update(_indices(file))
+                done.update(_prompts(file))
             except (pa.ArrowException, OSError) as error:
                 # Not the work of this writer, which names a file last: an incomplete copy, or a disk failure.
                 renamed = f"{file.name}.broken"
@@ -224,9 +233,10 @@ class RankedWriter:
         return done, next_number
 
 
-def _indices(file: Path) -> list[int]:
+def _prompts(file: Path) -> dict[int, str]:
     with pq.ParquetFile(file) as parquet:
-        return parquet.read(columns=["index"])["index"].to_pylist()
+        table = parquet.read(columns=["index", "prompt"])
+    return dict(zip(table["index"].to_pylist(), table["prompt"].to_pylist(), strict=True))
 
 
 def _fields(columns: pa.Schema | Mapping[str, pa.DataType] | None) -> list[pa.Field]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from rewards.hints import nearest
 from rewards.threads import REWARDS_LOOP, EventLoop
-from rewards.weights import CategoryWeights, Weight
+from rewards.weights import CategoryWeights, Weight, shown
 
 #: The arguments that every reward takes; it asks for data columns by name.
 GIVEN = ("images", "prompts")
@@ -125,6 +125,10 @@ class Reward:
     def truncated(self) -> int | None:
         """How many prompts were cut because the reward reads only so many tokens; None if it does not count them."""
         return getattr(self.function, "truncated", None)
+
+    def described(self) -> str:
+        """Return name, weight, and eight digits of the digest: what tells it from another, and no password."""
+        return f"{self.name} (weight {shown(self.weight)}" + (f", {self.digest[:8]})" if self.digest else ")")
 
     def close(self) -> None:
         """Release what the reward holds (a process, connections)."""

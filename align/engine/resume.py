@@ -18,7 +18,6 @@ from align.models.loading import INDEX
 from align.parallel.sharding import Sharding, sharded_otherwise
 from preference_data.digests import data_digest
 from rewards import Reward
-from rewards.weights import shown
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +83,7 @@ def describe_inputs(
     if digests := [digest for data in held_out if data is not None and (digest := data_digest(data)) is not None]:
         free["held_out_data"] = digests
     if rewards:
-        free["rewards"] = [
-            f"{reward.name} (weight {shown(reward.weight)}" + (f", {reward.digest[:8]})" if reward.digest else ")")
-            for reward in rewards
-        ]
+        free["rewards"] = [reward.described() for reward in rewards]
     return Inputs(fixed, free)
 
 

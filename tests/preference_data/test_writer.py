@@ -215,6 +215,19 @@ def test_other_settings_are_an_error_that_names_them(tmp_path):
         RankedWriter(tmp_path, settings={"model": "tiny", "guidance": 4.0, "args": {"a": [1]}}, rewards=("x",))
 
 
+def test_a_row_of_another_prompt_is_named(tmp_path):
+    with RankedWriter(tmp_path, rows_per_file=1) as writer:
+        for index in range(3):
+            writer.write(index, f"prompt {index}", [noise()], [1.0])
+    again = RankedWriter(tmp_path)
+    again.check_prompts([f"prompt {n}" for n in range(5)])  # more may come
+    again.check_prompts(["prompt 0"])  # and fewer are asked for
+    with pytest.raises(
+        ValueError, match="its row 1 has 'prompt 1', and the data 'edited': use the same data, or another"
+    ):
+        again.check_prompts(["prompt 0", "edited", "prompt 2"])
+
+
 def test_a_broken_settings_file_is_named(tmp_path):
     RankedWriter(tmp_path)
     assert json.loads((tmp_path / SETTINGS).read_text())["(version)"] == 1
