@@ -16,7 +16,7 @@ Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 #: Added to the standard deviation, as in the report and in every public implementation.
 EPSILON = 1e-4
 #: A group whose scores differ by less than this, plus a unit in their last place, is dead: rounding, not preference.
-DEAD_SPREAD, DEAD_ULPS = 1e-6, torch.finfo(torch.float32).eps
+DEAD_SPREAD = 1e-6
 #: The same for sums of group-normalised rewards, which are of order 1: opposed rewards cancel up to EPSILON's share.
 DEAD_NORMALIZED = 1e-3
 
@@ -46,10 +46,29 @@ def _grouped(values: Tensor, num_generations: int) -> Tensor:
     return values.view(-1, num_generations, *values.shape[1:])
 
 
-def _centre(scores: Tensor, dead_spread: float = DEAD_SPREAD) -> tuple[Tensor, Tensor, Tensor]:
+def _rounding(scores: Tensor) -> Tensor:
+    """Return a unit in the last place of the largest of (P, G) scores, (P, 1).
+
+    It is that of float32 where all scores of a group are float32 numbers, as a network's are, and else of float64.
+    """
+    known = scores.nan_to_num()
+    single = (known == known.float()).all(1, keepdim=True)
+    units = torch.where(single, torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps)
+    return units * known.abs().amax(1, keepdim=True)
+
+
+def _rounding_of_sum(rewards: Tensor, weights: Tensor | None, num_generations: int) -> Tensor:
+    """Return :func:`_rounding` of the weighted sum of (N, R) rewards, (P, 1)."""
+    grouped = _grouped(rewards, num_generations)
+    largest = _weights(weights, rewards).to(grouped).view(grouped.shape).abs().amax(1, keepdim=True)
+    units = [_rounding(column) for column in grouped.unbind(2)]
+    return (torch.stack(units, 2) * largest).sum(2)
+
+
+def _centre(scores: Tensor, dead_spread: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return scores (P, G) less their group's mean, the group's sample std (P, 1), and which are informative (P, G).
 
-    ``dead_spread``: a group is dead whose scores differ by less, beside the rounding of float32.
+    ``dead_spread``: (P, 1), a group is dead whose scores differ by less.
     """
     known = ~scores.isnan()
     count = known.sum(1, keepdim=True)
@@ -57,8 +76,7 @@ def _centre(scores: Tensor, dead_spread: float = DEAD_SPREAD) -> tuple[Tensor, T
     std = (centred.nan_to_num() ** 2).sum(1, keepdim=True).div((count - 1).clamp(min=1)).sqrt()
     largest = scores.masked_fill(~known, -torch.inf).amax(1, keepdim=True)
     smallest = scores.masked_fill(~known, torch.inf).amin(1, keepdim=True)
-    rounding = dead_spread + DEAD_ULPS * scores.nan_to_num().abs().amax(1, keepdim=True)
-    informative = known & (count >= 2) & (largest - smallest > rounding)
+    informative = known & (count >= 2) & (largest - smallest > dead_spread)
     return centred.masked_fill(~informative, 0.0), std, informative
 
 
@@ -118,7 +136,8 @@ def group_advantages(
         raise ValueError(f"scale_rewards must be 'group', 'batch' or 'none', not {scale_rewards!r}")
     total = combine_rewards(rewards, weights, num_generations)
     if aggregation == "sum_then_normalize":
-        centred, std, informative = _centre(_grouped(total, num_generations))
+        dead_spread = DEAD_SPREAD + _rounding_of_sum(rewards, weights, num_generations)
+        centred, std, informative = _centre(_grouped(total, num_generations), dead_spread)
         if scale_rewards == "batch":
             std = _std(total[~total.isnan()])
         advantages = centred if scale_rewards == "none" else centred / (std + EPSILON)
@@ -173,7 +192,8 @@ def best_worst(
     """
     total = combine_rewards(rewards, weights, num_generations)
     scores = _grouped(total, num_generations)
-    informative = _centre(scores)[2].any(1)
+    dead_spread = DEAD_SPREAD + _rounding_of_sum(rewards, weights, num_generations)
+    informative = _centre(scores, dead_spread)[2].any(1)
     highest, best = scores.masked_fill(scores.isnan(), -torch.inf).max(1)
     lowest, worst = scores.masked_fill(scores.isnan(), torch.inf).min(1)
     first = torch.arange(len(scores)) * num_generations
@@ -193,7 +213,8 @@ def _normalize_then_sum(rewards: Tensor, weights: Tensor, total: Tensor) -> tupl
         if weight.any():
             # Only images that every reward scored are compared: each column is centred on the same rows. EPSILON is of
             # the column's own spread, and no spread is too small: a reward weighs the same in whatever units it counts.
-            centred, std, informative = _centre(_grouped(column, total.shape[1]).masked_fill(~scored, torch.nan), 0.0)
+            scores = _grouped(column, total.shape[1]).masked_fill(~scored, torch.nan)
+            centred, std, informative = _centre(scores, _rounding(scores))
             groups = informative.any(1, keepdim=True)
             usual = std[groups].mean() if groups.any() else std.new_ones(())
             advantages = advantages + weight.to(centred).view(centred.shape) * centred / (std + EPSILON * usual)

@@ -4,9 +4,11 @@ All that is random about an example is keyed by the run's seed and by its place 
 resumed run, or one on another number of processes, trains on the same noise.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from align.engine.matching import MatchingBatch
@@ -35,37 +37,47 @@ class DrawnExamples(Dataset):
 
 
 class BucketSampler(Sampler):
-    """Every example once an epoch, in an order that is a function of (seed, epoch), in batches of one bucket.
+    """Batches of one bucket, in an order that is a function of (seed, epoch), with every example drawn as often as any other.
 
     ``batch_size`` is that of an optimizer update over all processes: however it is split, every micro-batch has one size.
-    A bucket that does not fill its last batch fills it with examples drawn from it again (:attr:`repeated` of them).
+    Batches come from passes over all examples, each in another order. Examples that do not fill a batch of their bucket
+    wait for the next pass, so that the few of a rare bucket are not drawn more often than others. An epoch is as many
+    batches as the examples would fill, at least one.
     """
 
     def __init__(self, buckets: Sequence[Bucket], batch_size: int, seed: int) -> None:
         self.batch_size, self.seed, self.epoch = batch_size, seed, 0
-        self._members: dict[Bucket, list[int]] = {}
+        self.batches = max(1, len(buckets) // batch_size)
+        members: dict[Bucket, list[int]] = {}
         for index, bucket in enumerate(buckets):
-            self._members.setdefault(bucket, []).append(index)
-        self._length = sum(-(-len(m) // batch_size) * batch_size for m in self._members.values())
-        self.repeated = self._length - len(buckets)
+            members.setdefault(bucket, []).append(index)
+        self._members = [torch.tensor(indices) for indices in members.values()]
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self._length
+        return self.batches * self.batch_size
+
+    def _all_batches(self) -> Iterator[Tensor]:
+        """Yield (batch_size,) indices, without end."""
+        waiting = [torch.empty(0, dtype=torch.long) for _ in self._members]
+        for number in itertools.count():
+            generator = seeded_generator((self.seed, "order", number))
+            full = []
+            for place, members in enumerate(self._members):
+                drawn = torch.cat([waiting[place], members[torch.randperm(len(members), generator=generator)]])
+                whole = len(drawn) // self.batch_size * self.batch_size
+                full += list(drawn[:whole].split(self.batch_size)) if whole else []
+                waiting[place] = drawn[whole:]
+            yield from (full[i] for i in torch.randperm(len(full), generator=generator))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = seeded_generator((self.seed, "order", self.epoch))
-        batches = []
-        for members in self._members.values():
-            order = [members[i] for i in torch.randperm(len(members), generator=generator)]
-            missing = -len(order) % self.batch_size
-            order += [members[i] for i in torch.randint(len(members), (missing,), generator=generator)]
-            batches += [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
-        for place, index in enumerate(index for batch in shuffled for index in batch):
-            yield index, self.epoch * self._length + place
+        first = self.epoch * self.batches
+        batches = itertools.islice(self._all_batches(), first, first + self.batches)
+        indices = (index for batch in batches for index in batch.tolist())
+        for place, index in enumerate(indices, first * self.batch_size):
+            yield index, place
 
 
 def draw_batch(

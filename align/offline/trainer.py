@@ -74,20 +74,10 @@ class OfflineTrainer(FlowTrainer):
         raise NotImplementedError
 
     def _report_buckets(self) -> None:
-        sampler = self._get_train_sampler()
         if self.is_world_process_zero():
             sizes = Counter(example.bucket for example in self.train_dataset.examples)
             shown = ", ".join(f"{b.width}x{b.height}: {count}" for b, count in sorted(sizes.items()))
             logger.info("%d training examples (width x height: %s)", len(self.train_dataset), shown)
-            if sampler.repeated > len(self.train_dataset) // 2:
-                logger.warning(
-                    "%d examples in %d buckets, batches of %d: an epoch repeats %d of them to fill its batches. A smaller "
-                    "batch or max_aspect_ratio wastes less",
-                    len(self.train_dataset),
-                    len(sizes),
-                    sampler.batch_size,
-                    sampler.repeated,
-                )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
         buckets = [example.bucket for example in self.train_dataset.examples]

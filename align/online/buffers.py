@@ -71,14 +71,14 @@ class RolloutBuffer:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Choose the rows of micro-batch ``index`` of the passes; each pass has another order of the informative rows.
 
-        The order is drawn over all processes' rows, and each process takes its own rows of an update: an update is the
-        same whatever the number of processes. A process spreads its rows of an update evenly over its micro-batches:
-        where a pass makes one update, none is larger than the batch size; where it makes several, at most as many times
-        as there are updates, should all its rows fall into one.
+        Order and updates are drawn over all processes' rows, and each process takes its own rows of an update: an update
+        is the same whatever the number of processes. A process spreads its rows of an update evenly over its
+        micro-batches, of which none is larger than the batch size.
 
         Args:
             dead_too: give out every row.
-            starts: (images of all processes,) the first image with the same first copy; such copies stay together.
+            starts: (images of all processes,) the first image with the same first copy; such copies of an update stay
+                together.
 
         Returns:
             copy, image: (rows,) which row of which of this process's images.
@@ -95,13 +95,25 @@ class RolloutBuffer:
         draws = noise[draw_of[rows]]
         rows = rows[draws.argsort(stable=True)]  # one random order over all processes' rows
         update, micro_batch = divmod(micro_batch, batching.per_update)
-        rows = rows[even_share(len(rows), update, batching.updates)]
+        rows = rows[self._updates_of(copies, pass_index)[rows] == update]
         copy, image = rows // total, rows % total - self.first
         mine = ((image >= 0) & (image < images)).nonzero().flatten()
         mine = mine[even_share(len(mine), micro_batch, batching.per_update)]
         if not len(mine) and batching.keep_in_step:
             return torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(1)
         return copy[mine], image[mine], torch.ones(len(mine))
+
+    def _updates_of(self, copies: int, pass_index: int) -> Tensor:
+        """Draw which update of a pass each of all processes' rows belongs to, dead ones included: (copies * images,).
+
+        Of as many rows as there are updates, beginning with those of the first image, each update takes one. So the images
+        of every process, however many processes there are, have as many rows in one update as in another.
+        """
+        updates, total = self.batching.updates, len(self.informative)
+        blocks = -(-copies * total // updates)
+        noise = seeded_noise((self.seed, self.rollout_index, "updates", pass_index), (blocks, updates))
+        by_image = noise.argsort(dim=1).flatten()[: copies * total]
+        return by_image.view(total, copies).T.flatten()
 
     def save(self, folder: Path) -> None:
         """Write what is left to train on into a checkpoint; called on every process."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor
@@ -54,10 +55,15 @@ class EpochRepeatSampler(RepeatSampler):
         self.generator.manual_seed((self.seed or 0) + epoch)
 
 
+def _gathered(values: Tensor) -> Tensor:
+    """Gather (images, rewards) of all processes, from this one's, in float64, which not every accelerator has."""
+    return torch.tensor(gather_object(values.tolist()), dtype=torch.float64)
+
+
 class Sampled(NamedTuple):
     """What :meth:`OnlineTrainer.sample` returns.
 
-    rollout: of this process. rewards: (images of all processes, rewards), NaN where there is none. weights: the same
+    rollout: of this process. rewards: (images of all processes, rewards) float64, NaN where there is none. weights: the same
     shape, each reward's share in the sum.
     """
 
@@ -201,18 +207,14 @@ class OnlineTrainer(FlowTrainer):
         with self.metrics.timed("reward"):  # what is not hidden behind the sampling
             table = samples.agreed_scores(args.max_failed_fraction)
         self.metrics.record(seconds_scoring=samples.scorer.seconds)
-        rewards = self._gather(torch.tensor(table, dtype=torch.float32).T)
-        weights = self._gather(weights_of(self.rewards, rows))
+        rewards = _gathered(torch.tensor(table, dtype=torch.float64).T)
+        weights = _gathered(weights_of(self.rewards, rows))
         self.metrics.forward_equivalents += samples.rollout.forwards
         if args.save_rollouts:
             first = args.process_index * len(rows)
             own_rewards = rewards[first : first + len(rows)]
             self._rollout_writer().write(rollout_index, rows, samples.rollout.images, own_rewards)
         return Sampled(samples.rollout, rewards, weights)
-
-    def _gather(self, values: Tensor) -> Tensor:
-        """Gather (images, rewards) of all processes, from this one's."""
-        return self.accelerator.gather(values.contiguous().to(self.accelerator.device)).cpu()
 
     def _image_keys(self, rollout_index: int, images: int, num_prefixes: int | None) -> list[ImageKey]:
         """Return keys of this process's images by their place in the rollout, whatever the number of processes."""

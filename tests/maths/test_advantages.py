@@ -272,6 +272,28 @@ def test_rewards_that_cancel_within_a_group_are_dead_when_normalised():
     assert found.informative.tolist() == [False, False, True, True] and found.advantages[:2].tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("offset", [0.0, 1e4, 1e8])
+def test_small_differences_of_large_scores_are_not_lost(aggregation, offset):
+    """A size in bytes, a time: in float32 the images of a group would all score the same."""
+    small = torch.tensor([0.1, 0.4, 0.2, 0.9, 0.3, 0.3], dtype=torch.float64)
+    expected = group_advantages(small, 3, aggregation=aggregation)
+    found = group_advantages(small + offset, 3, aggregation=aggregation)
+    assert found.informative.all() and torch.allclose(found.advantages, expected.advantages, atol=1e-5)
+    assert best_worst((small + offset)[:, None], 3).best.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.37, 100.0])
+def test_the_rounding_of_a_network_is_no_preference(weight):
+    """The same image in another batch scores one unit of float32 more; the weight makes no float32 number of it."""
+    score = torch.tensor(21.3)
+    scores = torch.stack([score, torch.nextafter(score, torch.tensor(99.0)), score, score]).double()
+    rewards = torch.stack([scores, torch.full((4,), 0.1, dtype=torch.float64)], 1)
+    for aggregation in AGGREGATIONS:
+        found = group_advantages(rewards, 4, torch.tensor([weight, 1.0]), aggregation=aggregation)
+        assert not found.informative.any() and found.dead_groups == 1.0
+
+
 # --- Scaling and clipping ---
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -167,19 +168,34 @@ def test_a_resumed_run_goes_on_to_the_same_losses(tmp_path):
 
 
 def test_every_example_comes_once_an_epoch_in_batches_of_one_size():
-    buckets = [Bucket(64, 64)] * 10 + [Bucket(48, 80)] * 3
+    buckets = [Bucket(64, 64)] * 8 + [Bucket(48, 80)] * 4
     sampler = BucketSampler(buckets, batch_size=4, seed=0)
     drawn = list(sampler)
-    assert len(drawn) == len(sampler) == 16 and sampler.repeated == 3
-    assert {index for index, _ in drawn} == set(range(13))
-    assert [place for _, place in drawn] == list(range(16))
-    for start in range(0, 16, 4):
+    assert len(drawn) == len(sampler) == 12
+    assert sorted(index for index, _ in drawn) == list(range(12))
+    assert [place for _, place in drawn] == list(range(12))
+    for start in range(0, 12, 4):
         assert len({buckets[index] for index, _ in drawn[start : start + 4]}) == 1
     sampler.set_epoch(1)
     later = list(sampler)
-    assert [i for i, _ in later] != [i for i, _ in drawn] and later[0][1] == 16
+    assert [i for i, _ in later] != [i for i, _ in drawn] and later[0][1] == 12
     again = BucketSampler(buckets, batch_size=4, seed=0)
     assert list(again) == drawn
+
+
+@pytest.mark.parametrize(("common", "rare", "batch"), [(2000, 8, 16), (37, 1, 8), (3, 3, 32), (10, 3, 4)])
+def test_a_rare_shape_is_drawn_no_more_often_than_the_others(common, rare, batch):
+    """8 odd-shaped images among 2008 had a fifth of all draws, because they were repeated until they filled a batch."""
+    buckets = [Bucket(64, 64)] * common + [Bucket(48, 80)] * rare
+    sampler, counts = BucketSampler(buckets, batch, seed=0), Counter()
+    for epoch in range(24):
+        sampler.set_epoch(epoch)
+        drawn = [index for index, _ in sampler]
+        for start in range(0, len(drawn), batch):
+            assert len({buckets[index] for index in drawn[start : start + batch]}) == 1
+        counts.update(drawn)
+    drawn = [counts[index] for index in range(common + rare)]
+    assert sum(drawn) == 24 * len(sampler) and max(drawn) - min(drawn) <= 2 + batch // min(common, rare)
 
 
 def test_images_of_several_shapes_train_at_several_sizes(tmp_path):
