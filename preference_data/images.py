@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
+
+from preference_data.pictures import FORMATS, ORIENTED_PNG, upright_rgb, upright_size
 
 #: What Pillow's decoders raise for bytes that are not a complete image; they have no error type in common.
 _DECODING = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, KeyError, TypeError)
 _BOMB = Image.DecompressionBombError
-_ORIENTATION = 0x0112  # the EXIF tag
-_SIDEWAYS = (5, 6, 7, 8)  # the tag's values that swap width and height
 #: Bytes that are looked at of a file, and at how many places; one that is no longer is read whole.
 _LOOKED_AT = (2048, 8)
 
@@ -119,31 +118,28 @@ class ImageSource:
             raise BadRow(self.where, self._unreadable(error)) from None
 
     def open(self) -> Image.Image:
-        """Decode the image to RGB, with its EXIF orientation applied and transparency put on white.
+        """Decode the image as :func:`preference_data.pictures.upright_rgb` does.
 
         Raises:
-            BadRow: missing, broken, cut short, or with more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
+            BadRow: missing, broken, cut short, of a format that is not read, or with more pixels than
+                ``PIL.Image.MAX_IMAGE_PIXELS``.
         """
         encoded = self.picture if self.picture is not None else io.BytesIO(self.read())
-        try:
-            image = encoded if isinstance(encoded, Image.Image) else Image.open(encoded)
+        with self._broken():
+            image = encoded if isinstance(encoded, Image.Image) else Image.open(encoded, formats=FORMATS)
             self._check_pixels(image)
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
-        except BadRow:
-            raise
-        except (*_DECODING, _BOMB) as error:
-            raise BadRow(self.where, f"the image{self._path_for_message()} is broken: {error}") from None
+            return upright_rgb(image)
 
     def size(self) -> tuple[int, int]:
         """Return the (width, height) that :meth:`open` would give, from the header alone; raise BadRow without one."""
         if self.picture is not None:
-            return _upright_size(self.picture)
+            return upright_size(self.picture)
         with self._header() as image:
-            # Pillow looks for EXIF after a PNG's pixels too, and decodes all of them to get there: only if necessary.
-            if image.format == "PNG" and "exif" not in image.info and b"eXIf" not in self.read():
+            # Pillow looks for the orientation after a PNG's pixels too, and decodes all of them to get there: only if
+            # there is one.
+            if image.format == "PNG" and not any(name in self.read() for name in ORIENTED_PNG):
                 return image.size
-            return _upright_size(image)
+            return upright_size(image)
 
     def check_header(self) -> None:
         """Raise BadRow if the file is missing, empty or has no image's header. Only the header is read."""
@@ -156,12 +152,22 @@ class ImageSource:
         """Open the encoded image, of which only the header is read."""
         self.check()
         file = self.path if self.path is not None else io.BytesIO(self.read())
+        with self._broken(), Image.open(file, formats=FORMATS) as image:
+            self._check_pixels(image)
+            yield image
+
+    @contextmanager
+    def _broken(self) -> Iterator[None]:
+        """Turn what Pillow raises for a broken image into BadRow."""
         try:
-            with Image.open(file) as image:
-                self._check_pixels(image)
-                yield image
+            yield
         except BadRow:
             raise
+        except UnidentifiedImageError:  # its message shows an object in memory
+            known = ", ".join(FORMATS)
+            raise BadRow(
+                self.where, f"the image{self._path_for_message()} is broken: cannot identify it as {known}"
+            ) from None
         except (*_DECODING, _BOMB) as error:
             raise BadRow(self.where, f"the image{self._path_for_message()} is broken: {error}") from None
 
@@ -227,20 +233,3 @@ def look_at(stored: BinaryIO, size: int, digest: Any) -> None:
     for place in range(places):
         stored.seek((size - length) * place // (places - 1))
         digest.update(stored.read(length))
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    width, height = image.size
-    return (height, width) if image.getexif().get(_ORIENTATION) in _SIDEWAYS else (width, height)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB: transparency is put on white, and 16 bits a channel are scaled to 8 instead of clipped."""
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        scaled = values // 257 if values.size and values.max() > 255 else values
-        image = Image.fromarray(np.clip(scaled, 0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")

@@ -7,6 +7,7 @@ the VAE nor the text encoder are needed. Without a cache every batch is encoded 
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -18,6 +19,7 @@ from align.models.contract import FlowModel, Request
 from preference_data.buckets import Bucket, cropped_share, fit, nearest_bucket
 from preference_data.cache import TensorCache, cache_key
 from preference_data.images import BadRow, ImageSource
+from preference_data.pictures import OPENED
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +119,8 @@ class LatentStore:
     def _example(self, request: Request, images: Sequence[ImageSource], bucket: Bucket) -> Example:
         if self.cache is None:
             return Example(request, bucket, tuple("" for _ in images), tuple(images))
-        shared = {"kind": "latents", "model": self.model.fingerprint("vae"), "size": list(bucket)}
+        made = {"model": self.model.fingerprint("vae"), "size": list(bucket), "opened": OPENED}
+        shared: dict[str, Any] = {"kind": "latents", **made}
         return Example(request, bucket, tuple(cache_key(image=image.digest(), **shared) for image in images))
 
     def _encode(self, image: ImageSource, bucket: Bucket) -> Tensor:
