@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from preference_data.images import BadRow, ImageSource
+from preference_data.places import shortened
 from preference_data.rows import Row
 from preference_data.schemas import check_number, in_column
 
@@ -55,14 +56,15 @@ class Cells:
     def image(self, *columns: str) -> ImageSource:
         """Return one image, not read yet."""
         column, value = self._cell(columns)
-        return ImageSource.of(value, in_column(self.where, column), self.row.folder)
+        return ImageSource.of(value, in_column(self.where, column), self.row.folder, self.row.within)
 
     def images(self, *columns: str) -> list[ImageSource]:
         """Return a list of images, not read yet."""
         column, value = self._cell(columns)
         where = in_column(self.where, column)
         items = _as_list(value, where)
-        return [ImageSource.of(item, f"{where}[{number}]", self.row.folder) for number, item in enumerate(items)]
+        row = self.row
+        return [ImageSource.of(item, f"{where}[{n}]", row.folder, row.within) for n, item in enumerate(items)]
 
     def number(self, *columns: str, low: float = -math.inf, high: float = math.inf) -> float:
         """Return a finite number from ``low`` to ``high``; true and false count as 1 and 0."""
@@ -85,7 +87,9 @@ class Cells:
         column, value = self._cell(columns)
         number = _number(value, in_column(self.where, column), -math.inf, math.inf)
         if number != int(number):
-            raise BadRow(in_column(self.where, column), f"expected the index of an image, found {value!r}")
+            raise BadRow(
+                in_column(self.where, column), f"expected the index of an image, found {shortened(repr(value))}"
+            )
         return int(number)
 
 
@@ -101,7 +105,7 @@ def _number(value: Any, where: str, low: float, high: float) -> float:
     try:
         number = float(value)
     except ValueError:
-        raise BadRow(where, f"expected a number, found {value!r}") from None
+        raise BadRow(where, f"expected a number, found {shortened(repr(value))}") from None
     except OverflowError:
         number = math.inf
     check_number(number, where, low, high)
@@ -113,7 +117,7 @@ def _decode_list(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value  # a caller that needs a list raises the error
     return value
 

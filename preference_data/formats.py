@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from preference_data.cells import Cells
 from preference_data.hints import did_you_mean, nearest
 from preference_data.images import BadRow
+from preference_data.places import shortened
 from preference_data.rows import Row
 from preference_data.schemas import BestWorst, CaptionedImage, Pair, Preference, Ranked, ReferenceWorst, in_column
 
@@ -18,6 +19,10 @@ from preference_data.schemas import BestWorst, CaptionedImage, Pair, Preference,
 PROMPT = ("prompt", "caption", "text")
 #: Columns that may hold the image of a captioned row; the first one that exists is used.
 IMAGE = ("image", "jpg", "png", "image_path", "file_path")
+#: Columns of a vote on two images, and what stands for the first, the second and neither of them.
+_FIRST, _SECOND = ("image_a", "image_1", "left"), ("image_b", "image_2", "right")
+_WINNER = ("winner", "preference", "vote")
+_SIDES, _TIES = (("a", "left"), ("b", "right")), ("tie", "draw", "both", "neither", "equal")
 
 
 def _pickapic(cells: Cells) -> Preference | None:
@@ -107,6 +112,28 @@ def _pairs(cells: Cells) -> Preference | None:
     )
 
 
+def _votes(cells: Cells) -> Preference | None:
+    """Read a table of votes: two images, and which one won: A or B, the name of its column, or a tie."""
+    names: list[str] = [next(filter(cells.has, group)) for group in (_FIRST, _SECOND) if cells.has(*group)]
+    column = next(name for name in _WINNER if name in cells.values)
+    winner = str(cells.values[column] if cells.values[column] is not None else "").strip().lower()
+    if not winner:
+        return None  # nobody voted
+    if len(names) < 2:
+        raise BadRow(in_column(cells.where, _FIRST[0]), "a vote needs two images")
+    images = [cells.image(name) for name in names]
+    if winner in _TIES:
+        return Pair(cells.prompt(*PROMPT), images[0], images[1], confidence=0.5, where=cells.where)
+    wins = [winner in (*known, name.lower()) for known, name in zip(_SIDES, names, strict=True)]
+    if wins not in ([True, False], [False, True]):
+        raise BadRow(
+            in_column(cells.where, column),
+            f"expected A, B, a tie or the name of a column, found {shortened(winner, 40)!r}",
+        )
+    best = wins.index(True)
+    return Pair(cells.prompt(*PROMPT), images[best], images[1 - best], where=cells.where)
+
+
 def _ranked(cells: Cells) -> Preference | None:
     """Read ``prompt``, ``images``, ``scores``, as the writer writes them: higher is better, null is not scored."""
     return Ranked(cells.prompt(*PROMPT), cells.images("images"), cells.numbers("scores"), where=cells.where)
@@ -151,6 +178,7 @@ LAYOUTS = {
         Layout("reference_worst", (PROMPT, ("reference",), ("images",), ("worst",)), _reference_worst),
         Layout("best_worst", (PROMPT, ("images",), ("best",), ("worst",)), _best_worst),
         Layout("pairs", (PROMPT, ("chosen",), ("rejected",)), _pairs),
+        Layout("votes", (PROMPT, _FIRST, _SECOND, _WINNER), _votes),
         Layout("ranked", (PROMPT, ("images",), ("scores",)), _ranked),
         Layout(
             "imagerewarddb",

@@ -1,5 +1,7 @@
 """Images that are not read yet, and the error for a row that cannot be used."""
 
+import base64
+import binascii
 import hashlib
 import io
 import os
@@ -14,10 +16,12 @@ from typing import Any, BinaryIO
 from PIL import Image, UnidentifiedImageError
 
 from preference_data.pictures import FORMATS, ORIENTED_PNG, upright_rgb, upright_size
+from preference_data.places import lies_in, shortened
 
 #: What Pillow's decoders raise for bytes that are not a complete image; they have no error type in common.
 _DECODING = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, KeyError, TypeError)
 _BOMB = Image.DecompressionBombError
+_LONGEST_PATH = 4096
 #: Bytes that are looked at of a file, and at how many places; one that is no longer is read whole.
 _LOOKED_AT = (2048, 8)
 
@@ -39,23 +43,26 @@ class ImageSource:
     """An image that is not read yet; make one with :meth:`of`. Exactly one of the last three fields is set.
 
     where: its place for messages, such as "file.parquet, row 3, column 'jpg_0'". path: the encoded file. data: the
-    encoded bytes. picture: an image already decoded.
+    encoded bytes. picture: an image already decoded. within: the folder that the file must lie in, links followed; None
+    for any.
     """
 
     where: str
     path: Path | None = None
     data: bytes | None = field(default=None, repr=False)
     picture: Image.Image | None = field(default=None, repr=False)
+    within: Path | None = None
 
     @classmethod
-    def of(cls, value: Any, where: str, folder: Path | None = None) -> "ImageSource":
+    def of(cls, value: Any, where: str, folder: Path | None = None, within: Path | None = None) -> "ImageSource":
         """Make a source of whatever a data set holds as an image, without reading it.
 
         Args:
-            value: a path (relative to ``folder``), encoded bytes, ``{"bytes": ..., "path": ...}`` whose bytes take
-                precedence, a PIL image, or an ImageSource, which is returned unchanged.
+            value: a path (relative to ``folder``), encoded bytes, a ``data:`` URL with them, ``{"bytes": ..., "path": ...}``
+                whose bytes take precedence, a PIL image, or an ImageSource, which is returned unchanged.
             where: the image's place, with which every error begins.
             folder: the data file's folder; None for the working folder.
+            within: see the class.
 
         Raises:
             BadRow: there is no image, or it is a URL or of another type.
@@ -72,21 +79,33 @@ class ImageSource:
             return cls(where, data=bytes(value))
         if value is None or value == "":
             raise BadRow(where, "there is no image")
+        if isinstance(value, str) and value.startswith("data:"):
+            return cls(where, data=_decode_url(value, where))
         if isinstance(value, str) and value.startswith(("http://", "https://")):
-            raise BadRow(where, f"{value} is a URL: images are read from files and bytes, so download it first")
+            raise BadRow(
+                where, f"{shortened(value)} is a URL: images are read from files and bytes, so download it first"
+            )
+        if isinstance(value, str) and len(value) > _LONGEST_PATH:
+            raise BadRow(where, f"expected an image's path, found {shortened(value, 40)}: base64 must begin with data:")
         if not isinstance(value, (str, os.PathLike)):
             raise BadRow(where, f"expected an image (a path, bytes or a PIL image), found {type(value).__name__}")
         path = Path(value).expanduser()
-        return cls(where, path=path if folder is None else folder / path)  # an absolute path stays as it is
+        return cls(where, path=path if folder is None else folder / path, within=within)  # an absolute path stays
 
     def check(self) -> None:
-        """Raise BadRow if the file is missing or empty, without reading it."""
+        """Raise BadRow if the file is missing, empty or outside of its folder, without reading it."""
         self._file_size()
 
     def _file_size(self) -> int:
-        """Return the size of the file in bytes, or -1 without a file; raise BadRow if it is missing or empty."""
+        """Return the size of the file in bytes, or -1 without a file; raise BadRow as :meth:`check` does."""
         if self.path is None:
             return -1
+        if self.within is not None and not lies_in(self.path, self.within):
+            raise BadRow(
+                self.where,
+                f"the image {self.path} lies outside of the data's folder {self.within}: set --image_folder to a folder that "
+                "it lies in",
+            )
         try:
             size = self.path.stat().st_size
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
@@ -221,6 +240,17 @@ class ImageSource:
 
     def _length(self) -> int:
         return len(self.data) if self.data is not None else self._file_size()
+
+
+def _decode_url(url: str, where: str) -> bytes:
+    """Return the bytes of a ``data:`` URL; raise BadRow for one that is not base64."""
+    about, comma, text = url.partition(",")
+    try:
+        if not comma or not about.endswith(";base64"):
+            raise ValueError("it has no `;base64,`")
+        return base64.b64decode(text, validate=True) or b"\0"
+    except (ValueError, binascii.Error) as error:
+        raise BadRow(where, f"the data URL {shortened(url, 40)} cannot be read: {error}") from None
 
 
 def look_at(stored: BinaryIO, size: int, digest: Any) -> None:

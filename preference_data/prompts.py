@@ -1,19 +1,23 @@
 """Prompts for GRPO: a column ``prompt``, and any other columns, which are passed to the rewards by name."""
 
 import glob
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
-from datasets import Dataset, load_dataset
+from datasets import Audio, Dataset, Features, Image, Video, load_dataset
 
 from preference_data.hints import did_you_mean
+from preference_data.places import lies_in
 from preference_data.sources import load_from_hub
 
 #: File endings, and the builder of `datasets` that reads each.
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
+#: Columns that `datasets` decodes when a row is looked at.
+MEDIA = (Image, Audio, Video)
 #: Data sets that :func:`check_prompts` has passed. They never change, so that reading them once is enough.
 _checked: WeakSet[Dataset] = WeakSet()
 
@@ -32,17 +36,21 @@ def find_prompt_file(name: str, split: str) -> PromptFile | None:
     and the like. Nothing is loaded.
 
     Raises:
-        FileNotFoundError: no such path, or no file for the split. ValueError: a file with an unknown ending.
+        FileNotFoundError: no such path, or no file for the split. ValueError: a file with an unknown ending, or one of the
+            folder that is a link out of it.
     """
     path = Path(name).expanduser()
     if path.is_file():
-        if path.suffix not in BUILDERS:
+        if path.suffix.lower() not in BUILDERS:
             raise ValueError(f"cannot read prompts from {name}: known endings are {', '.join(BUILDERS)}")
-        return PromptFile(BUILDERS[path.suffix], str(path))
+        return PromptFile(BUILDERS[path.suffix.lower()], str(path))
     if path.is_dir():
         for suffix, builder in BUILDERS.items():
-            if (path / f"{split}{suffix}").is_file():
-                return PromptFile(builder, str(path / f"{split}{suffix}"))
+            file = path / f"{split}{suffix}"
+            if file.is_file():
+                if not lies_in(file, path):
+                    raise ValueError(f"{file} is a link to a file outside of the folder {path}: name that file itself")
+                return PromptFile(builder, str(file))
         files = sorted(p.name for p in path.iterdir() if p.suffix in BUILDERS)
         raise FileNotFoundError(
             f"{name} has no file for the split {split!r} ({split}.jsonl, ...). It has: {', '.join(files) or 'none'}"
@@ -62,13 +70,8 @@ def load_prompts(name: str, split: str = "train") -> Dataset:
             file and row).
     """
     file = find_prompt_file(name, split)
-    if file is not None:
-        dataset = _read(file)
-        if file.builder == "text":
-            dataset = dataset.rename_column("text", "prompt")
-    else:
-        dataset = load_from_hub(name, split)
-    return check_prompts(dataset, file.path if file else f"{name} ({split})")
+    dataset = _read(file) if file is not None else load_from_hub(name, split)
+    return check_prompts(_without_decoding(dataset), file.path if file else f"{name} ({split})")
 
 
 def _read(file: PromptFile) -> Dataset:
@@ -76,9 +79,27 @@ def _read(file: PromptFile) -> Dataset:
         raise ValueError(f"{file.path} holds no rows")
     try:
         # Escaped because `datasets` takes a path as a pattern.
-        return load_dataset(file.builder, data_files=glob.escape(file.path), split="train")
+        dataset = load_dataset(file.builder, data_files=glob.escape(file.path), split="train")
+        if file.builder == "text":
+            lines = [line.removeprefix("\ufeff").strip() for line in dataset["text"]]
+            dataset = Dataset.from_dict({"prompt": [line for line in lines if line]})
+        return dataset
     except Exception as error:  # each builder has its own types; the reason is mostly in the cause
         raise ValueError(f"cannot read prompts from {file.path}: {error.__cause__ or error}") from error
+
+
+def _without_decoding(dataset: Dataset) -> Dataset:
+    """Leave media columns as they are stored: decoding a row would open whatever path or URL it names."""
+    features = Features({name: _stored(feature) for name, feature in dataset.features.items()})
+    return dataset if features == dataset.features else dataset.cast(features)
+
+
+def _stored(feature: Any) -> Any:
+    if isinstance(feature, dict):
+        return {name: _stored(inner) for name, inner in feature.items()}
+    if hasattr(feature, "feature"):  # a list
+        return replace(feature, feature=_stored(feature.feature))
+    return replace(feature, decode=False) if isinstance(feature, MEDIA) else feature
 
 
 def check_prompts(dataset: Dataset, source: str = "the data set") -> Dataset:
@@ -91,6 +112,9 @@ def check_prompts(dataset: Dataset, source: str = "the data set") -> Dataset:
         return dataset
     if "prompt" not in dataset.column_names:
         hint = did_you_mean("prompt", dataset.column_names, "Did you mean to rename")
+        separator = next((s for s in ";\t" if any(s in name for name in dataset.column_names)), None)
+        if separator:
+            hint = f" Its columns are separated by {separator!r}: write commas"
         raise ValueError(f"{source} has no column 'prompt'; it has {dataset.column_names}.{hint}")
     for row, prompt in enumerate(dataset["prompt"]):
         if not isinstance(prompt, str):

@@ -6,146 +6,21 @@ format, caption or image). All rows are read when the result is iterated, and no
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
-
-from tqdm import tqdm
+from typing import Any
 
 from preference_data.cells import Cells
-from preference_data.digests import data_digest, files_digest, records_digest
-from preference_data.formats import IMAGE, PROMPT, captioned, find_layout, join_one_image_rows
+from preference_data.formats import IMAGE, LAYOUTS, PROMPT, captioned, find_layout, join_one_image_rows
 from preference_data.hints import did_you_mean, nearest
+from preference_data.image_folders import ImageFolder
 from preference_data.images import BadRow
+from preference_data.records import ON_BAD_ROW, Convert, Records, with_folder
 from preference_data.rows import Row
-from preference_data.schemas import CaptionedImage, Pair, Preference
-from preference_data.sources import Files, ImageFolder, Source, open_source
+from preference_data.schemas import CaptionedImage, Preference
+from preference_data.sources import Renamed, Source, open_source
 
-#: What to do with a row that cannot be used.
-ON_BAD_ROW = ("error", "skip")
-_MESSAGES_KEPT = 1000
-_MESSAGES_SHOWN = 20  # in the summary
 _ROWS_TRIED = 20  # when the first rows are bad and may be skipped
-
-Item = TypeVar("Item", CaptionedImage, Preference)
-#: Makes items of rows: a BadRow where that fails, None of a row that nobody judged.
-Convert = Callable[[Iterator[Row | BadRow]], Iterator[Item | BadRow | None]]
-
-
-@dataclass
-class Report:
-    """Counts of the last pass over the rows of a :class:`Records`, or of the one in progress.
-
-    rows: rows read. records: records yielded (several rows may make one). unlabelled: rows that nobody judged. ties:
-    pairs of which neither image is preferred. bad: rows skipped. skipped: their messages, the first 1000.
-    """
-
-    source: str
-    format: str
-    rows: int = 0
-    records: int = 0
-    unlabelled: int = 0
-    ties: int = 0
-    bad: int = 0
-    skipped: list[str] = field(default_factory=list)
-
-    def skip(self, error: BadRow) -> None:
-        """Count and list a bad row; also for callers that find an image broken later."""
-        self.bad += 1
-        if len(self.skipped) < _MESSAGES_KEPT:
-            self.skipped.append(str(error))
-
-    def __str__(self) -> str:
-        counts = [f"{self.rows} rows", f"{self.records} records"]
-        counts += [f"{count} {name}" for count, name in ((self.unlabelled, "unlabelled"), (self.ties, "ties")) if count]
-        lines = [f"{self.source} ({self.format}): {', '.join(counts)}, {self.bad} bad rows skipped"]
-        lines += [f"  {message}" for message in self.skipped[:_MESSAGES_SHOWN]]
-        if self.bad > _MESSAGES_SHOWN:
-            lines.append(f"  and {self.bad - min(_MESSAGES_SHOWN, len(self.skipped))} more")
-        return "\n".join(lines)
-
-
-class Records(Generic[Item]):
-    """Objects of :mod:`preference_data.schemas`, which can be iterated any number of times.
-
-    Every iteration reads the rows again, unless :meth:`check_files` has kept the records. ``report`` counts what the
-    last pass over the rows found.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        convert: Convert,
-        format_name: str,
-        on_bad_row: str,
-        verify_images: bool,
-        base: Path | None,
-    ) -> None:
-        self.source = source
-        self.format = format_name
-        self.on_bad_row = on_bad_row
-        self.verify_images = verify_images
-        self._convert = convert
-        self._base = base
-        self._checked: list[Item] | None = None
-        self.report = Report(source.name, format_name)
-
-    def __iter__(self) -> Iterator[Item]:
-        return self._read() if self._checked is None else iter(self._checked)
-
-    def _read(self) -> Iterator[Item]:
-        report = self.report = Report(self.source.name, self.format)
-
-        def rows() -> Iterator[Row | BadRow]:
-            for row in self.source:
-                report.rows += 1
-                yield row
-
-        for item in self._convert(_with_folder(rows(), self._base)):
-            try:
-                if isinstance(item, BadRow):
-                    raise item
-                if item is None:
-                    report.unlabelled += 1
-                    continue
-                item.check()
-                if self.verify_images:
-                    for image in item.sources():
-                        image.open()
-            except BadRow as error:
-                if self.on_bad_row == "error":
-                    raise
-                report.skip(error)
-                continue
-            report.records += 1
-            report.ties += isinstance(item, Pair) and item.is_tie
-            yield item
-
-    def check_files(self, quiet: bool = False) -> None:
-        """Read all rows, and raise BadRow for the first that cannot be used or names a bad image file.
-
-        Bad is a file that is missing, empty or has no image's header. No more than the headers are read: whether an
-        image is cut short is known when it is decoded. The records (not the images) are kept in memory, about 1.3 kB
-        each, so that iterating reads no row again. A progress bar is shown if it takes long, unless ``quiet``.
-
-        Nothing is read where bad rows are skipped, nor where it would not be cheap: rows that contain their images
-        (parquet, tars) and hub data sets.
-        """
-        if self.on_bad_row != "error" or not self.source.by_path or self._checked is not None:
-            return
-        checked = []
-        for record in tqdm(self._read(), desc="checking files", unit=" rows", delay=2, leave=False, disable=quiet):
-            for image in record.sources():
-                image.check_header()
-            checked.append(record)
-        self._checked = checked
-
-    def digest(self) -> str | None:
-        """Return a digest of the data's content, see :mod:`preference_data.digests`."""
-        if self.source.by_path or isinstance(self.source, ImageFolder):
-            return records_digest(self)
-        return files_digest(self.source.files) if isinstance(self.source, Files) else data_digest(self.source)
 
 
 class _FirstRows:
@@ -175,6 +50,7 @@ def read_preferences(
     config_name: str | None = None,
     image_folder: str | Path | None = None,
     verify_images: bool = False,
+    columns: Mapping[str, str] | None = None,
 ) -> Records[Preference]:
     """Read preferences as :class:`Pair`, :class:`Ranked`, :class:`BestWorst` or :class:`ReferenceWorst`.
 
@@ -186,16 +62,23 @@ def read_preferences(
         on_bad_row: "error" raises BadRow for the first row that cannot be used, "skip" counts and lists such rows in
             ``.report``.
         streaming, config_name: as in ``datasets.load_dataset``, for a hub data set.
-        image_folder: where relative paths start; None tries the data file's folder, its subfolders SPLIT and
-            ``images``, and its parent.
+        image_folder: where relative paths start, and where all images lie; None tries the data file's folder, its
+            subfolders SPLIT and ``images``, and its parent.
         verify_images: decode every image while iterating, so that broken ones are bad rows too.
+        columns: the data's names of columns by the names that are looked for: ``{"chosen": "image_a"}``.
 
     Raises:
         FileNotFoundError: no such path or split. ValueError: no rows, or columns that fit no format.
         BadRow: with "error", the first row or an image of it cannot be used.
     """
     _check_on_bad_row(on_bad_row)
-    source = open_source(name, split, config_name=config_name, streaming=streaming)
+    taken = [LAYOUTS[format]] if format in LAYOUTS else list(LAYOUTS.values())
+
+    def fits(found: list[str]) -> bool:
+        return any(not layout.missing([*found, *(columns or {})]) for layout in taken)
+
+    source = open_source(name, split, config_name=config_name, streaming=streaming, fits=fits)
+    source = Renamed(source, columns) if columns else source
     rows = _FirstRows(source)
     first = _first_row(rows, source.name, on_bad_row)
     layout = find_layout(list(first.values), source.name, format)
@@ -221,13 +104,14 @@ def read_captioned(
     config_name: str | None = None,
     image_folder: str | Path | None = None,
     verify_images: bool = False,
+    columns: Mapping[str, str] | None = None,
 ) -> Records[CaptionedImage]:
     """Read captioned images from a folder with metadata, with ``.txt`` beside each image, or from rows of any kind.
 
     Args:
         trigger: a word that is put before every caption ("TRIGGER, caption") and is the caption where there is none.
             Without it every image needs a caption.
-        name, split, on_bad_row, streaming, config_name, image_folder, verify_images: as in :func:`read_preferences`.
+        others: as in :func:`read_preferences`.
 
     Raises:
         FileNotFoundError: no such path or split. ValueError: no rows, no image column, or an empty trigger.
@@ -236,13 +120,19 @@ def read_captioned(
     _check_on_bad_row(on_bad_row)
     if trigger is not None and not trigger.strip():
         raise ValueError("the trigger word is empty")
-    source = open_source(name, split, config_name=config_name, streaming=streaming)
+
+    def fits(found: list[str]) -> bool:
+        needed = (IMAGE,) if trigger else (IMAGE, PROMPT)
+        return all(set(names) & {*found, *(columns or {})} for names in needed)
+
+    source = open_source(name, split, config_name=config_name, streaming=streaming, fits=fits)
+    folder = source if isinstance(source, ImageFolder) else None
+    source = Renamed(source, columns) if columns else source
     rows = _FirstRows(source)
     first = _first_row(rows, source.name, on_bad_row)
-    folder = source if isinstance(source, ImageFolder) else None
     if folder is not None and image_folder is not None:
         raise ValueError(f"image_folder is for files with paths in them; {folder.name} contains the images")
-    has_text_files = folder is not None and folder.metadata is None
+    has_text_files = folder is not None and not folder.metadata
     if folder is not None and has_text_files and trigger is None and on_bad_row == "error":
         image = folder.first_without_caption()
         if image is not None:
@@ -308,7 +198,7 @@ def _find_base(rows: _FirstRows, convert: Convert, bases: list[Path | None], on_
     """
     first_error = None
     for base in bases:
-        error = _first_error(convert(_with_folder(rows, base)), on_bad_row)
+        error = _first_error(convert(with_folder(rows, base)), on_bad_row)
         if error is None:
             return base
         first_error = first_error or error
@@ -335,9 +225,3 @@ def _first_error(items: Iterator[Any], on_bad_row: str) -> BadRow | None:
         if number >= _ROWS_TRIED or (first_error is not None and on_bad_row == "error"):
             break
     return first_error
-
-
-def _with_folder(rows: Iterable[Row | BadRow], folder: Path | None) -> Iterator[Row | BadRow]:
-    """Yield the rows with another folder for their relative paths; None leaves theirs."""
-    for row in rows:
-        yield row if folder is None or isinstance(row, BadRow) else replace(row, folder=folder)

@@ -21,13 +21,21 @@ import pyarrow.parquet as pq
 from preference_data.images import BadRow
 
 #: Endings of image files.
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".j2k",
+                 ".ppm", ".pgm", ".pnm", ".tga")  # fmt: skip
+#: Endings of pictures that are not read, which is told.
+UNREAD_ENDINGS = (".heic", ".heif", ".jxl", ".psd", ".svg", ".eps", ".pdf", ".ico", ".exr", ".hdr", ".dng", ".cr2", ".cr3",
+                  ".nef", ".arw", ".mp4", ".webm", ".mov")  # fmt: skip
 #: Endings of text files, which hold paths of images and not their bytes.
 TEXT_ENDINGS = (".jsonl", ".json", ".csv")
+_NOT_JSON = (ValueError, RecursionError)  # a JSONDecodeError or UnicodeDecodeError is a ValueError
 _PARQUET_ROWS = 16  # converted to Python objects at once
 _CHUNK = 1 << 20
 _BETWEEN = re.compile(r"[\s,\[\]\ufeff]*")  # between the objects of a JSON list
 _LONGEST_OBJECT = 1 << 26  # characters; limits the memory that a file of anything else than rows takes
+_LARGEST_MEMBER = 1 << 28  # bytes of a tar's member; nothing that a few bytes unpack to is larger
+#: A row group of more bytes that is so many times smaller on the disk holds no images, and would fill the memory.
+_LARGE_GROUP, _TIMES_SMALLER = 1 << 28, 100
 
 
 @dataclass(frozen=True)
@@ -35,12 +43,15 @@ class Row:
     """A row of a file.
 
     where: its place for messages, "file.parquet, row 3", counted from 0. values: its columns. folder: where its
-    relative paths start; None for the working folder.
+    relative paths start; None for the working folder. within: the folder that they must stay in; None for any.
+    caption_from: where its prompt stands, if not in a column.
     """
 
     where: str
     values: dict[str, Any]
     folder: Path | None
+    within: Path | None = None
+    caption_from: str = ""
 
 
 def read_rows(file: Path) -> Iterator[Row | BadRow]:
@@ -57,13 +68,16 @@ def ending_of(file: Path) -> str | None:
 
 def _json_lines(file: Path) -> Iterator[Row | BadRow]:
     with file.open("rb") as lines:
-        for number, line in enumerate(lines):
+        for number, line in enumerate(iter(lambda: lines.readline(_LONGEST_OBJECT), b"")):
             where = f"{file}, row {number}"
             if not line.strip():
                 continue
+            if len(line) == _LONGEST_OBJECT:
+                yield BadRow(where, f"a line of more than {_LONGEST_OBJECT} bytes is no row, nor is what follows read")
+                return
             try:
                 values = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # a JSONDecodeError or UnicodeDecodeError is one
+            except _NOT_JSON as error:
                 yield BadRow(where, f"not JSON: {error}")
                 continue
             if isinstance(values, dict):
@@ -82,6 +96,9 @@ def _json(file: Path) -> Iterator[Row | BadRow]:
             between += buffer[position:start]
             try:
                 values, position = decoder.raw_decode(buffer, start)
+            except RecursionError as error:
+                yield BadRow(f"{file}, row {row}", f"not JSON: {error}")
+                return
             except json.JSONDecodeError as error:  # mostly because the rest of the object is not read yet
                 buffer, position = buffer[start:], 0
                 try:
@@ -131,7 +148,13 @@ def _parquet(file: Path) -> Iterator[Row | BadRow]:
     with parquet:
         first = 0
         for group in range(parquet.num_row_groups):
-            row = first
+            row, about = first, parquet.metadata.row_group(group)
+            stored = sum(about.column(column).total_compressed_size for column in range(about.num_columns))
+            if about.total_byte_size > max(_LARGE_GROUP, _TIMES_SMALLER * stored):
+                yield BadRow(
+                    f"{file}, row {row}", f"row group {group} unpacks {stored} bytes to {about.total_byte_size}"
+                )
+                return
             try:
                 for batch in parquet.iter_batches(_PARQUET_ROWS, row_groups=[group], use_threads=False):
                     for values in batch.to_pylist():
@@ -181,6 +204,8 @@ def _tar(file: Path) -> Iterator[Row | BadRow]:
                         yield sample_row(f"{file}, sample {_sample_name(key)!r}", members, file.parent)
                         last, count = key, count + 1
                     key, members = (folder, stem), {}
+                if member.size > _LARGEST_MEMBER:
+                    raise tarfile.ReadError(f"{member.name} has {member.size} bytes, more than {_LARGEST_MEMBER}")
                 members[ending] = content.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, FileNotFoundError):
@@ -232,7 +257,7 @@ def sample_row(where: str, members: dict[str, Any], folder: Path | None) -> Row 
             if not isinstance(columns, dict):
                 return BadRow(where, f"its json holds {type(columns).__name__}, not an object with columns")
             values |= columns
-    except ValueError as error:  # a JSONDecodeError or UnicodeDecodeError is one
+    except _NOT_JSON as error:
         return BadRow(where, f"its text or json cannot be read: {error}")
     return Row(where, values, folder)
 

@@ -1,14 +1,19 @@
 """Sources of rows: files, folders in the usual layouts, hub data sets, and data sets in memory."""
 
+import glob
+import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from preference_data.digests import data_digest
 from preference_data.hints import did_you_mean
+from preference_data.image_folders import METADATA_FILES, ImageFolder, metadata_in, rename_file_name_columns
 from preference_data.images import BadRow
+from preference_data.places import lies_in
 from preference_data.rows import IMAGE_ENDINGS, READERS, TEXT_ENDINGS, Row, ending_of, read_rows, sample_row
 
 #: Files that describe a data set and hold none of its rows.
@@ -20,8 +25,9 @@ _WITHOUT_ROWS = {
     "state.json",
     "package.json",
 }
-_METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _BATCH = 16
+_BRACES = re.compile(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}")
+_MOST_FILES = 100_000
 
 
 class Source(Protocol):
@@ -37,73 +43,43 @@ class Source(Protocol):
 
 
 class Files:
-    """Data files, read one after the other; each is opened when its first row is asked for."""
+    """Data files, read one after the other; each is opened when its first row is asked for.
 
-    def __init__(self, name: str, files: Iterable[Path]) -> None:
+    ``root``: the folder that their rows' paths, and the files themselves, must stay in.
+    """
+
+    def __init__(self, name: str, files: Iterable[Path], root: Path) -> None:
         self.name = name
         self.files = list(files)
+        self.root = root
         self.by_path = all(ending_of(file) in TEXT_ENDINGS for file in self.files)
 
     def __iter__(self) -> Iterator[Row | BadRow]:
         for file in self.files:
             for row in read_rows(file):
-                yield (
-                    row if isinstance(row, BadRow) else Row(row.where, rename_file_name_columns(row.values), row.folder)
-                )
-
-
-class ImageFolder:
-    """Images in a folder and its subfolders, with a metadata file, a ``.txt`` beside each image, or no captions.
-
-    If there is metadata, its rows come first, then the images that it does not list, without a prompt. If the rows of
-    the metadata do not have one ``file_name`` each, only they are given.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.name = str(folder)
-        self.folder = folder
-        self.metadata = next((folder / name for name in _METADATA_FILES if (folder / name).is_file()), None)
-        self.by_path = self.metadata is None or ending_of(self.metadata) in TEXT_ENDINGS
-
-    def __iter__(self) -> Iterator[Row | BadRow]:
-        listed: set[str] = set()
-        if self.metadata is not None:
-            has_file_names = True
-            for row in read_rows(self.metadata):
                 if isinstance(row, BadRow):
                     yield row
-                    continue
-                has_file_names = has_file_names and isinstance(row.values.get("file_name"), str)
-                if has_file_names:
-                    listed.add(os.path.normpath(row.values["file_name"]))
-                yield Row(row.where, rename_file_name_columns(row.values), row.folder)
-            if not has_file_names:
-                return
-        for image in self.images():
-            if os.path.relpath(image, self.folder) not in listed:
-                yield self._row(image)
+                else:
+                    yield replace(row, values=rename_file_name_columns(row.values), within=self.root)
 
-    def images(self) -> Iterator[Path]:
-        """Yield every image file, sorted by name; hidden files and folders are left out."""
-        for folder, subfolders, files in os.walk(self.folder):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            for name in sorted(files):
-                if name.lower().endswith(IMAGE_ENDINGS) and not name.startswith("."):
-                    yield Path(folder, name)
 
-    def _row(self, image: Path) -> Row | BadRow:
-        values: dict[str, Any] = {"image": image.name}
-        caption = image.with_suffix(".txt")
-        if self.metadata is None and caption.is_file():
-            try:
-                values["prompt"] = caption.read_text(encoding="utf-8-sig").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                return BadRow(str(caption), f"the caption cannot be read: {error}")
-        return Row(str(image), values, image.parent)
+class Renamed:
+    """Rows of a source with some columns under other names."""
 
-    def first_without_caption(self) -> Path | None:
-        """Return the first image that has no ``.txt`` beside it, or None. Opens no file."""
-        return next((image for image in self.images() if not image.with_suffix(".txt").is_file()), None)
+    def __init__(self, source: Source, columns: Mapping[str, str]) -> None:
+        self.name, self.by_path, self.source, self.columns = source.name, source.by_path, source, dict(columns)
+
+    def __iter__(self) -> Iterator[Row | BadRow]:
+        for row in self.source:
+            yield row if isinstance(row, BadRow) else replace(row, values=self._renamed(row))
+
+    def _renamed(self, row: Row) -> dict[str, Any]:
+        missing = next((old for old in self.columns.values() if old not in row.values), None)
+        if missing is not None:
+            hint = did_you_mean(missing, list(row.values))
+            raise ValueError(f"{row.where} has no column {missing!r}, which --columns names.{hint}")
+        kept = {name: value for name, value in row.values.items() if name not in self.columns.values()}
+        return kept | {new: row.values[old] for new, old in self.columns.items()}
 
 
 class InMemory:
@@ -134,28 +110,23 @@ class InMemory:
                     yield Row(where, rename_file_name_columns(values), None)
 
 
-def rename_file_name_columns(values: dict[str, Any]) -> dict[str, Any]:
-    """Rename the columns of a metadata file to the names that other files have.
-
-    The convention is that of `datasets`: ``file_name`` becomes ``image``, ``file_names`` becomes ``images``,
-    ``chosen_file_name`` becomes ``chosen`` and ``other_file_names`` becomes ``other``. The old names stay as well.
-    """
-    renamed = {}
-    for column, value in values.items():
-        stem, separator, rest = column.rpartition("file_name")
-        if separator and rest in ("", "s") and (not stem or stem.endswith("_")):
-            renamed[stem.rstrip("_") or f"image{rest}"] = value
-    return {**renamed, **values} if renamed else values
-
-
-def open_source(name: Any, split: str, *, config_name: str | None = None, streaming: bool = False) -> Source:
-    """Find the rows that ``name`` refers to, without reading any.
+def open_source(
+    name: Any,
+    split: str,
+    *,
+    config_name: str | None = None,
+    streaming: bool = False,
+    fits: Callable[[list[str]], bool] = lambda columns: True,
+) -> Source:
+    """Find the rows that ``name`` refers to, and read at most a first one.
 
     Args:
-        name: a file (which is every split), a folder, a hub data set, or a data set in memory.
+        name: a file (which is every split), a pattern of files (``part-{000..009}.tar``, ``*.parquet``), a folder, a hub
+            data set, or a data set in memory.
         split: in a folder, the files ``data/SPLIT-*``, ``SPLIT-*`` or ``SPLIT`` with one of the known endings, or a
             folder ``SPLIT/`` of such files or of images. A folder without any split's name is every split.
         config_name, streaming: as in ``datasets.load_dataset``, for a hub data set.
+        fits: whether columns are those that are looked for. A file beside images whose rows do not fit is none of the data.
 
     Raises:
         FileNotFoundError: no such path, no such split, or a hub data set that cannot be loaded.
@@ -167,13 +138,55 @@ def open_source(name: Any, split: str, *, config_name: str | None = None, stream
     if path.is_file():
         if ending_of(path) is None:
             raise ValueError(f"cannot read rows from {name}: known endings are {', '.join(READERS)}")
-        return Files(str(path), [path])
+        return Files(str(path), [path], path.parent)
     if path.is_dir():
-        return _folder(path, split)
+        return _folder(path, split, fits)
+    if any(sign in str(name) for sign in "*?{"):
+        files = expand_pattern(str(path))
+        return Files(str(name), files, Path(os.path.commonpath([file.parent for file in files])))
     if path.is_absolute() or str(name).startswith((".", "~")) or ending_of(path) is not None:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise FileNotFoundError(f"{name} does not exist.{did_you_mean(path.name, siblings)}")
     return InMemory(f"{name} ({split})", load_from_hub(str(name), split, config_name, streaming))
+
+
+def expand_pattern(pattern: str) -> list[Path]:
+    """Return the files that a pattern names, with ``*``, ``?``, and webdataset's ``{000..017}`` and ``{a,b}``.
+
+    Raises:
+        FileNotFoundError: one of the files does not exist, or none matches. ValueError: a file with an unknown ending.
+    """
+    names, files = [pattern], list[Path]()
+    while any(_BRACES.search(name) for name in names):
+        expanded = list(itertools.islice(itertools.chain.from_iterable(map(_expand_braces, names)), _MOST_FILES + 1))
+        if len(expanded) > _MOST_FILES:
+            raise ValueError(f"{pattern} names more than {_MOST_FILES} files")
+        names = expanded
+    for name in names:
+        found = [Path(file) for file in sorted(glob.glob(name))]
+        if not found:
+            raise FileNotFoundError(f"{pattern}: {'no file matches' if len(names) == 1 else f'{name} does not exist'}")
+        files += found
+    unknown = next((file for file in files if ending_of(file) is None or not file.is_file()), None)
+    if unknown is not None:
+        raise ValueError(f"{pattern}: cannot read rows from {unknown}: known endings are {', '.join(READERS)}")
+    return files
+
+
+def _expand_braces(name: str) -> list[str]:
+    found = _BRACES.search(name)
+    if found is None:
+        return [name]
+    inside = found[1]
+    low, dots, high = inside.partition("..")
+    if dots and low.isdigit() and high.isdigit():
+        first, last = sorted((int(low), int(high)))
+        if last - first > _MOST_FILES:
+            raise ValueError(f"{{{inside}}} names more than {_MOST_FILES} files")
+        choices = [f"{number:0{len(low)}d}" for number in range(first, last + 1)]
+    else:
+        choices = inside.split(",")
+    return [name[: found.start()] + choice + name[found.end() :] for choice in choices]
 
 
 def load_from_hub(name: str, split: str, config_name: str | None = None, streaming: bool = False) -> Any:
@@ -189,7 +202,7 @@ def load_from_hub(name: str, split: str, config_name: str | None = None, streami
         ) from error
 
 
-def _folder(path: Path, split: str) -> Source:
+def _folder(path: Path, split: str, fits: Callable[[list[str]], bool]) -> Source:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         from datasets import load_from_disk  # what `save_to_disk` wrote
 
@@ -198,36 +211,59 @@ def _folder(path: Path, split: str) -> Source:
     for folder in (path, path / "data", path / split):
         files = [file for file in _data_files(folder) if _split_of(file.name, split) == split]
         if files:
-            return _files(folder, _one_kind(files))
-    if any((path / split / name).is_file() for name in _METADATA_FILES):
+            return _files(path, _one_kind(files))
+    if metadata_in(path / split) is not None:
         return ImageFolder(path / split)
     splits = {_split_of(file.name, split) for folder in (path, path / "data") for file in _data_files(folder)}
-    splits |= {item.name for item in path.iterdir() if item.is_dir() and re.fullmatch(_SPLITS, item.name)}
+    subfolders = [item.name for item in path.iterdir() if item.is_dir() and not item.name.startswith(".")]
+    splits |= {name for name in subfolders if re.fullmatch(_SPLITS, name)}
     found = ", ".join(sorted(filter(None, splits)))
-    if found and not (path / split).is_dir() and not any((path / name).is_file() for name in _METADATA_FILES):
+    if found and not (path / split).is_dir() and metadata_in(path) is None:
         raise FileNotFoundError(f"{path} has no data for the split {split!r}. It has: {found}")
-    for folder in (path / split, path, path / "data"):
-        if any((folder / name).is_file() for name in _METADATA_FILES):
+    places = [path / split, path, path / "data"]
+    if splits <= {split, None} and _has_images(path / name for name in subfolders if name != split):
+        places = [path]  # a subfolder among others that happens to have the name of a split
+    for folder in places:
+        if metadata_in(folder) is not None:
             return ImageFolder(folder)
         files = _one_kind(_data_files(folder))
-        if files:
-            return _files(folder, files)
-        if folder.is_dir() and next(ImageFolder(folder).images(), None) is not None:
-            return ImageFolder(folder)
+        images = folder.is_dir() and next(ImageFolder(folder).images(), None) is not None
+        if files and not (images and not _fitting(files, fits)):
+            return _files(path, files)
+        if images:
+            return ImageFolder(folder, files)
     raise FileNotFoundError(f"{path} has no data: no file ending in {', '.join(READERS)}, and no image")
 
 
-def _files(folder: Path, files: list[Path]) -> Files:
-    return Files(str(files[0] if len(files) == 1 else folder), files)
+def _has_images(folders: Iterable[Path]) -> bool:
+    return any(next(ImageFolder(folder).images(), None) is not None for folder in folders)
+
+
+def _fitting(files: Sequence[Path], fits: Callable[[list[str]], bool]) -> bool:
+    """Whether the first row of the first file has the columns that are looked for."""
+    row = next(iter(read_rows(files[0])), None)
+    return isinstance(row, Row) and fits(list(rename_file_name_columns(row.values)))
+
+
+def _files(root: Path, files: list[Path]) -> Files:
+    for file in files:
+        if not lies_in(file, root):
+            raise ValueError(f"{file} is a link to a file outside of the folder {root}: name that file itself")
+    return Files(str(files[0] if len(files) == 1 else files[0].parent), files, root)
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """Return the files with rows directly in a folder, sorted; without hidden ones and an image folder's metadata."""
+    """Return the files with rows directly in a folder, sorted.
+
+    They are not: hidden files, an image folder's metadata, and what stands beside an image of the same name.
+    """
     if not folder.is_dir():
         return []
-    skip = _WITHOUT_ROWS.union(_METADATA_FILES)
-    files = [file for file in folder.iterdir() if ending_of(file) and not file.name.startswith(".")]
-    return sorted(file for file in files if file.name not in skip and file.is_file())
+    skip, names = _WITHOUT_ROWS.union(METADATA_FILES), [file.name for file in folder.iterdir()]
+    images = {name.rpartition(".")[0] for name in names if name.lower().endswith(IMAGE_ENDINGS)}
+    files = [folder / name for name in sorted(names) if ending_of(folder / name) and not name.startswith(".")]
+    beside = [file for file in files if file.name.partition(".")[0] in images or file.stem in images]
+    return [file for file in files if file.name not in skip and file not in beside and file.is_file()]
 
 
 def _one_kind(files: list[Path]) -> list[Path]:

@@ -84,6 +84,11 @@ class RankedWriter:
         self._done, self._next_number = self._find_done()
 
     @property
+    def json_columns(self) -> set[str]:
+        """Names of the further columns that :func:`json_column` made."""
+        return {field.name for field in self._extra if (field.metadata or {}).get(b"holds") == b"json"}
+
+    @property
     def done(self) -> frozenset[int]:
         """The indices of all rows in complete files, whichever process or run wrote them."""
         return frozenset(self._done)
@@ -237,6 +242,11 @@ def _prompts(file: Path) -> dict[int, str]:
     with pq.ParquetFile(file) as parquet:
         table = parquet.read(columns=["index", "prompt"])
     return dict(zip(table["index"].to_pylist(), table["prompt"].to_pylist(), strict=True))
+
+
+def json_column(name: str) -> pa.Field:
+    """Return a further column of texts, each the JSON of a value of any type."""
+    return pa.field(name, pa.string(), metadata={"holds": "json"})
 
 
 def _fields(columns: pa.Schema | Mapping[str, pa.DataType] | None) -> list[pa.Field]:

@@ -165,7 +165,7 @@ def _read_prompt(file: Path) -> str:
     text = file.with_suffix(".txt")
     if not text.is_file():
         raise FileNotFoundError(f"{file} has no prompt: pass --prompt, or write it to {text}")
-    return text.read_text().strip()
+    return text.read_text(encoding="utf-8-sig").strip()
 
 
 def _parse_column(text: str) -> tuple[str, Any]:
@@ -179,11 +179,9 @@ def _parse_column(text: str) -> tuple[str, Any]:
 
 
 def _read_image(file: Path) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} is not a readable image: {error}") from None
+    from preference_data.images import ImageSource  # the one way to open an image; only this door reads files
+
+    return ImageSource(str(file), path=file).open()
 
 
 if __name__ == "__main__":

@@ -117,7 +117,10 @@ def test_the_maths_imports_torch_and_nothing_else_that_is_installed(file):
 @pytest.mark.parametrize("file", [f for f in FILES if not f.is_relative_to(ROOT / "align")], ids=identify)
 def test_rewards_and_data_never_import_align_nor_each_other(file):
     package = module_name(file).split(".")[0]
-    assert {name.split(".")[0] for name in imports(file)} & set(PACKAGES) <= {package}
+    opens = (
+        {"preference_data.images.ImageSource"} if identify(file) == "rewards/__main__.py" else set()
+    )  # a command line
+    assert {name.split(".")[0] for name in imports(file) - opens} & set(PACKAGES) <= {package}
 
 
 @pytest.mark.parametrize("package", PACKAGES)

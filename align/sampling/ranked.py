@@ -1,5 +1,6 @@
 """Sampled groups as rows of a ranked data set, through ``preference_data``'s writer."""
 
+import json
 import math
 from collections.abc import Sequence, Set
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 
 from align.maths.advantages import combine_rewards
 from align.sampling.scorer import weights_of
-from preference_data.writer import RankedWriter
+from preference_data.writer import RankedWriter, json_column
 from rewards import Reward
 
 #: Columns that the writer gives its own meaning.
@@ -44,7 +45,11 @@ def write_groups(
         if index in skip:
             continue
         group = slice(number * num_generations, (number + 1) * num_generations)
-        columns = {key: value for key, value in rows[group.start].items() if key not in _RESERVED}
+        columns = {
+            key: json.dumps(value, ensure_ascii=False) if key in writer.json_columns and value is not None else value
+            for key, value in rows[group.start].items()
+            if key not in _RESERVED
+        }
         writer.write(
             index,
             rows[group.start]["prompt"],
@@ -68,8 +73,9 @@ def _none_for_nan(scores: Sequence[float]) -> list[float | None]:
 
 
 def extra_columns(dataset: Dataset) -> Any:
-    """Return the schema of the prompts' further columns, for the writer."""
-    return pa.schema([column for column in dataset.features.arrow_schema if column.name not in _RESERVED])
+    """Return the schema of the prompts' further columns, for the writer; what is of several types is kept as JSON."""
+    columns = [column for column in dataset.features.arrow_schema if column.name not in _RESERVED]
+    return pa.schema([json_column(c.name) if "arrow.json" in str(c.type) else c for c in columns])
 
 
 class RolloutWriter:

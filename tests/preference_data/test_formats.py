@@ -1,5 +1,7 @@
 """Every column layout: rows as the public data sets have them, and what is said of those that do not fit."""
 
+import base64
+
 import datasets
 import pytest
 from preference_files import encoded as png
@@ -277,3 +279,53 @@ def test_a_format_can_be_asked_for(folder):
         only(folder, row, format="pairs")
     with pytest.raises(ValueError, match=r"unknown format 'rankd'\. Did you mean 'ranked'\?$"):
         only(folder, row, format="rankd")
+
+
+# --- Votes ---
+
+
+@pytest.mark.parametrize(
+    ("winner", "chosen"),
+    [
+        ("A", "0.png"),
+        ("b", "1.png"),
+        (" a ", "0.png"),
+        ("image_b", "1.png"),
+        ("left", "0.png"),
+        ("tie", None),
+        ("neither", None),
+    ],
+)
+def test_a_table_of_votes_is_read(tmp_path, winner, chosen):
+    save(tmp_path, "0.png", "1.png")
+    (tmp_path / "v.csv").write_text(f"prompt,image_a,image_b,winner\np,0.png,1.png,{winner}\n")
+    records = read_preferences(tmp_path / "v.csv")
+    (pair,) = records
+    assert records.format == "votes" and pair.is_tie == (chosen is None)
+    assert chosen is None or pair.chosen.path.name == chosen
+
+
+def test_a_vote_that_cannot_be_understood_is_named_and_one_that_was_not_given_is_counted(tmp_path):
+    save(tmp_path, "0.png", "1.png")
+    (tmp_path / "v.csv").write_text("prompt,left,right,vote\np,0.png,1.png,\np,0.png,1.png,C\n")
+    with pytest.raises(BadRow, match=r"row 1, column 'vote': expected A, B, a tie or the name of a column, found 'c'"):
+        list(read_preferences(tmp_path / "v.csv"))
+    records = read_preferences(tmp_path / "v.csv", on_bad_row="skip")
+    assert list(records) == [] and records.report.unlabelled == 1 and records.report.bad == 1
+
+
+def test_a_data_url_is_an_image_and_a_broken_one_is_not_printed_whole(tmp_path):
+    """The message was the whole base64 text, megabytes of it."""
+    good = [f"data:image/png;base64,{base64.b64encode(png(number)).decode()}" for number in (1, 2)]
+    row = {"prompt": "p", "chosen": good[0], "rejected": good[1]}
+    (pair,) = read_preferences(json_lines(tmp_path / "a.jsonl", [row]))
+    assert pair.chosen.open().size == (8, 6)
+    for broken in (
+        "data:image/png;base64," + "!" * 5000,
+        "data:image/png," + "x" * 5000,
+        "A" * 5000,
+        "https://x/" + "y" * 5000,
+    ):
+        with pytest.raises(BadRow) as caught:
+            list(read_preferences(json_lines(tmp_path / "b.jsonl", [row | {"chosen": broken}])))
+        assert len(str(caught.value)) < 400 + len(str(tmp_path)) and "characters)" in str(caught.value)

@@ -62,6 +62,41 @@ def test_a_text_file_gives_one_prompt_a_line(folder):
     assert data.column_names == ["prompt"] and data["prompt"][:] == ROWS["prompt"]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "A.TXT"])
+def test_a_text_file_may_begin_with_a_byte_order_mark_and_have_blank_lines(folder, name):
+    """As Windows writes it: U+FEFF stayed in the first prompt, and a blank line at the end was refused."""
+    (folder / name).write_bytes(b"\xef\xbb\xbfa red circle\r\n\r\n two blue squares \r\n\r\n")
+    assert load_prompts(str(folder / name))["prompt"][:] == ["a red circle", "two blue squares"]
+
+
+def test_a_row_is_looked_at_without_opening_the_paths_and_urls_in_it(folder):
+    """A data set's column of images names any file of the machine, or any server."""
+    (folder / "secret.png").write_bytes(b"x")
+    named = {"bytes": None, "path": str(folder / "secret.png")}
+    features = datasets.Features({
+        "prompt": datasets.Value("string"), "image": datasets.Image(), "several": datasets.List(datasets.Image()),
+        "nested": {"image": datasets.Image()},
+    })  # fmt: skip
+    rows = [{"prompt": "a", "image": named, "several": [named], "nested": {"image": named}}]
+    Dataset.from_list(rows, features=features).to_parquet(folder / "a.parquet")
+    row = load_prompts(str(folder / "a.parquet"))[0]
+    assert row["image"] == row["several"][0] == row["nested"]["image"] == named
+
+
+def test_a_link_out_of_the_folder_is_no_file_of_it(folder, tmp_path):
+    """`train.txt -> ~/.ssh/id_rsa` became prompts, and a data set that is given away."""
+    (tmp_path / "secret.txt").write_text("key")
+    (folder / "train.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(
+        ValueError, match=r"train\.txt is a link to a file outside of the folder .*name that file itself"
+    ):
+        load_prompts(str(folder))
+    (folder / "here.txt").write_text("a circle")
+    (folder / "train.txt").unlink()
+    (folder / "train.txt").symlink_to(folder / "here.txt")
+    assert load_prompts(str(folder))["prompt"][:] == ["a circle"]
+
+
 def test_every_ending_that_is_offered_is_covered_above():
     assert set(BUILDERS) == {".jsonl", ".json", ".parquet", ".csv", ".txt"}
 
@@ -165,7 +200,7 @@ def test_a_hub_name_out_of_reach_says_what_to_do(folder, name, monkeypatch):
         ("a.jsonl", '{"prompt": ["a"]}\n', ["a.jsonl, row 0", "expected text, found list"]),
         ("a.csv", "prompt,n\na,1\n,2\n", ["a.csv, row 1", "expected text, found NoneType"]),
         ("a.csv", "prompt\n1\n2\n", ["a.csv, row 0", "expected text, found int"]),
-        ("a.txt", "a\n\nb\n", ["a.txt, row 1", "is empty"]),
+        ("a.csv", "prompt;n\na;1\n", ["no column 'prompt'", "separated by ';': write commas"]),
         ("a.jsonl", '{"prompts": "a"}\n', ["a.jsonl has no column 'prompt'", "['prompts']", "rename 'prompts'?"]),
         ("a.csv", "caption,Prompt\na,b\n", ["no column 'prompt'", "['caption', 'Prompt']", "rename 'Prompt'?"]),
         ("a.json", '[{"zzz": "a"}]', ["a.json has no column 'prompt'; it has ['zzz']"]),

@@ -8,7 +8,8 @@ from preference_files import encoded, json_lines, noise, parquet, picture, save,
 from preference_data import rows as rows_module
 from preference_data.images import BadRow
 from preference_data.pairs import build_pairs, merge_votes
-from preference_data.readers import Report, read_captioned, read_preferences
+from preference_data.readers import read_captioned, read_preferences
+from preference_data.records import Report
 from preference_data.schemas import CaptionedImage
 
 

@@ -3,6 +3,8 @@
 import json
 import tarfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from preference_files import encoded, json_lines, json_list, noise, parquet, tar
 
@@ -223,3 +225,45 @@ def test_what_is_no_tar_at_all_is_named(tmp_path):
 def test_a_file_that_is_not_there_is_an_error_of_the_system(tmp_path, ending):
     with pytest.raises(FileNotFoundError):
         list(read_rows(tmp_path / f"gone{ending}"))
+
+
+# --- What a few bytes unpack to ---
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json"])
+def test_a_row_nested_too_deep_is_bad_and_no_traceback(tmp_path, ending):
+    deep = "[" * 200_000 + "]" * 200_000
+    file = write(tmp_path / f"a{ending}", f'{{"n": 1}}\n{{"n": {deep}}}\n{{"n": 2}}\n')
+    found = read(file)
+    assert found[0] == {"n": 1} and "row 1: not JSON" in found[1]
+
+
+def test_a_sample_nested_too_deep_is_bad(tmp_path):
+    (message,) = read(tar(tmp_path / "a.tar", [("s.json", "[" * 200_000 + "]" * 200_000)]))
+    assert "its text or json cannot be read" in message
+
+
+def test_a_tar_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr("preference_data.rows._LARGEST_MEMBER", 1 << 20)
+    good = ("a.json", {"n": 1})
+    (first, message) = read(tar(tmp_path / "a.tar.gz", [good, ("b.png", b"\0" * (1 << 21)), ("c.json", {})], "w:gz"))
+    assert first == {"n": 1} and "b.png has 2097152 bytes, more than 1048576" in message
+
+
+def test_a_parquet_file_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr("preference_data.rows._LARGE_GROUP", 1 << 20)
+    table = pa.table({"image": [b"\0" * (1 << 22)]})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd")
+    (message,) = read(tmp_path / "a.parquet")
+    assert "row 0: row group 0 unpacks " in message
+
+
+def test_a_line_without_end_is_no_row(tmp_path, monkeypatch):
+    monkeypatch.setattr("preference_data.rows._LONGEST_OBJECT", 1 << 12)
+    found = read(write(tmp_path / "a.jsonl", '{"n": 1}\n' + "x" * 10_000))
+    assert found[0] == {"n": 1} and "is no row" in found[1] and len(found) == 2
+
+
+def test_every_format_of_image_is_a_member_of_a_sample(tmp_path):
+    members = [(f"{n}.{ending}", b"x") for n, ending in enumerate(("avif", "jfif", "JP2", "ppm", "tga"))]
+    assert all(row == {"image": b"x"} for row in read(tar(tmp_path / "a.tar", members)))

@@ -7,8 +7,10 @@ from datasets import Dataset, DatasetDict, Features, Value
 from preference_files import encoded, json_lines, json_list, parquet, picture, save, tar
 
 from preference_data import rows as rows_module
-from preference_data.images import ImageSource
-from preference_data.sources import Files, ImageFolder, open_source, rename_file_name_columns
+from preference_data.image_folders import ImageFolder, rename_file_name_columns
+from preference_data.images import BadRow, ImageSource
+from preference_data.readers import read_captioned, read_preferences
+from preference_data.sources import Files, expand_pattern, open_source
 
 
 @pytest.fixture(autouse=True)
@@ -153,12 +155,12 @@ def test_images_come_with_the_text_beside_them_and_from_subfolders(folder):
     assert source.first_without_caption() == folder / "b.png"
 
 
-def test_metadata_gives_the_captions_and_what_it_leaves_out_has_none(folder):
+def test_metadata_gives_the_captions_and_what_it_leaves_out_has_those_beside_it(folder):
     save(folder, "a.png", "sub/b.png", "c.png")
-    (folder / "c.txt").write_text("not with metadata")
+    (folder / "c.txt").write_text("beside")
     rows = [{"file_name": "sub/b.png", "prompt": "bee"}, {"file_name": "./a.png", "prompt": "ay"}]
     json_lines(folder / "metadata.jsonl", rows)
-    assert images_of(open_source(folder, "train")) == [("sub/b.png", "bee"), ("a.png", "ay"), ("c.png", None)]
+    assert images_of(open_source(folder, "train")) == [("sub/b.png", "bee"), ("a.png", "ay"), ("c.png", "beside")]
 
 
 def test_metadata_may_lie_in_the_folder_of_the_split(folder):
@@ -242,5 +244,170 @@ def test_a_hub_name_out_of_reach_says_what_to_do(folder, monkeypatch):
 
 
 def test_a_source_can_be_read_again(folder):
-    source = Files("x", [json_lines(folder / "a.jsonl", n(1))])
+    source = Files("x", [json_lines(folder / "a.jsonl", n(1))], folder)
     assert list(source) == list(source)
+
+
+# --- An image folder stays one ---
+
+
+def captions_of(name, **settings) -> list[str]:
+    return [record.prompt for record in read_captioned(str(name), **settings)]
+
+
+@pytest.mark.parametrize(
+    "stray",
+    [
+        {"a.json": {"id": 0, "tags": ["x"]}, "b.json": {"id": 1}},
+        {"a.json": {"image": "a.png", "caption": "an old caption"}},
+        {"a.png.json": {"image": "a.png", "caption": "an old caption"}},
+        {"settings.json": {"resolution": 1024, "repeats": 10}},
+        {"notes.jsonl": {"prompt": "no image here"}, "rows.csv": {"x": 1}},
+    ],
+    ids=["beside each image", "beside one image", "of gallery-dl", "settings", "notes"],
+)
+def test_a_stray_file_does_not_turn_an_image_folder_into_something_else(folder, stray):
+    save(folder, "a.png", "b.png", "c.png")
+    for name in "abc":
+        (folder / f"{name}.txt").write_text(f"caption {name}")
+    for name, content in stray.items():
+        json_lines(folder / name, [content])
+    assert captions_of(folder) == ["caption a", "caption b", "caption c"]
+
+
+def test_a_table_of_images_and_captions_beside_the_images_is_still_one(folder):
+    save(folder, "a.png", "b.png")
+    json_lines(folder / "captions.jsonl", [{"image": "b.png", "caption": "bee"}])
+    assert captions_of(folder) == ["bee"]
+
+
+def test_every_subfolder_may_have_its_metadata(folder):
+    save(folder, "a/0.png", "a/1.png", "b/0.png", "b/deeper/0.png", "c/0.png")
+    for name in ("a", "b", "b/deeper"):
+        json_lines(folder / name / "metadata.jsonl", [{"file_name": "0.png", "prompt": f"{name} 0"}])
+    (folder / "a/1.txt").write_text("beside")
+    (folder / "c/0.txt").write_text("alone")
+    assert captions_of(folder) == ["a 0", "b 0", "b/deeper 0", "beside", "alone"]
+
+
+def test_a_subfolder_called_train_among_others_is_one_of_them(folder):
+    """Of the folders bus, car and train the train alone was trained on."""
+    for name in ("bus", "car", "train"):
+        save(folder, f"{name}/0.png")
+        (folder / name / "0.txt").write_text(f"a {name}")
+    assert captions_of(folder) == ["a bus", "a car", "a train"]
+    save(folder, "test/0.png")
+    (folder / "test/0.txt").write_text("held out")
+    assert captions_of(folder) == ["a train"] and captions_of(folder, split="test") == ["held out"]
+
+
+# --- Patterns ---
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["shard-{000000..000002}.tar", "shard-*.tar", "shard-00000?.tar", "{shard-000000,shard-000001,shard-000002}.tar"],
+)  # fmt: skip
+def test_shards_may_be_named_by_a_pattern(folder, pattern):
+    for number in range(3):
+        tar(folder / f"shard-00000{number}.tar", [("s.json", {"n": number})])
+    assert numbers(folder / pattern) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("shard-{0..3}.tar", r"shard-1\.tar does not exist"),
+        ("other-*.tar", "no file matches"),
+        ("*.bin", r"cannot read rows from .*a\.bin: known endings are"),
+        ("{0..99999999}.tar", "names more than 100000 files"),
+        ("{0..999}{0..999}{0..999}.tar", "names more than 100000 files"),
+    ],
+)
+def test_a_pattern_that_is_wrong_says_what_is_missing(folder, pattern, message):
+    tar(folder / "shard-0.tar", [("s.json", {"n": 0})])
+    (folder / "a.bin").write_bytes(b"x")
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        expand_pattern(str(folder / pattern))
+
+
+# --- Columns by other names ---
+
+
+def test_columns_may_be_mapped(folder):
+    save(folder, "0.png", "1.png")
+    rows = [{"text": "p", "image_x": "0.png", "image_y": "1.png", "chosen": "unused"}]
+    file = json_lines(folder / "a.jsonl", rows)
+    (pair,) = read_preferences(file, columns={"chosen": "image_x", "rejected": "image_y"})
+    assert (pair.prompt, pair.chosen.path.name, pair.rejected.path.name) == ("p", "0.png", "1.png")
+    (record,) = read_captioned(file, columns={"image": "image_y"})
+    assert (record.prompt, record.image.path.name) == ("p", "1.png")
+    with pytest.raises(ValueError, match=r"no column 'image_z', which --columns names\. Did you mean 'image_"):
+        read_preferences(file, columns={"chosen": "image_z"})
+
+
+# --- Where images may lie ---
+
+
+def outside(folder, tmp_path) -> str:
+    save(tmp_path / "elsewhere", "secret.png")
+    return str(tmp_path / "elsewhere" / "secret.png")
+
+
+@pytest.mark.parametrize("way", ["absolute", "dots", "link"])
+def test_a_row_reads_no_image_outside_of_its_folder(folder, tmp_path, way):
+    """A data set from elsewhere named any image of the machine, and the trained model would show it."""
+    save(folder, "mine.png")
+    secret = outside(folder, tmp_path)
+    if way == "link":
+        (folder / "link.png").symlink_to(secret)
+    path = {"absolute": secret, "dots": "../elsewhere/secret.png", "link": "link.png"}[way]
+    file = json_lines(folder / "a.jsonl", [{"image": "mine.png", "prompt": "a"}, {"image": path, "prompt": "b"}])
+    with pytest.raises(BadRow, match=r"a\.jsonl, row 1.* lies outside of the data's folder .*set --image_folder"):
+        list(read_captioned(file))
+    assert len(list(read_captioned(file, on_bad_row="skip"))) == 1
+    if way == "absolute":
+        rows = [{"image": secret, "prompt": "b"}]
+        assert len(list(read_captioned(json_lines(folder / "b.jsonl", rows), image_folder=tmp_path))) == 1
+
+
+def test_an_image_folder_follows_no_link_out_of_it(folder, tmp_path):
+    save(folder, "mine.png")
+    (folder / "mine.txt").write_text("mine")
+    (folder / "link.png").symlink_to(outside(folder, tmp_path))
+    (folder / "link.txt").write_text("linked")
+    with pytest.raises(BadRow, match=r"link\.png lies outside of the data's folder"):
+        list(read_captioned(folder))
+    (folder / "link.png").unlink()
+    (tmp_path / "key").write_text("secret")
+    (folder / "mine.txt").unlink()
+    (folder / "mine.txt").symlink_to(tmp_path / "key")
+    with pytest.raises(BadRow, match=r"mine\.txt: the caption is a link to a file outside of the folder"):
+        list(read_captioned(folder))
+
+
+def test_a_data_file_that_is_a_link_out_of_its_folder_is_refused(folder, tmp_path):
+    json_lines(tmp_path / "elsewhere.jsonl", n(1))
+    (folder / "train.jsonl").symlink_to(tmp_path / "elsewhere.jsonl")
+    with pytest.raises(
+        ValueError, match=r"train\.jsonl is a link to a file outside of the folder .*name that file itself"
+    ):
+        open_source(folder, "train")
+    assert numbers(folder / "train.jsonl") == [1]
+
+
+def test_links_to_the_blobs_of_a_hub_snapshot_are_its_files(tmp_path):
+    """The hub's cache keeps contents in blobs/, and links to them in snapshots/."""
+    repository = tmp_path / "datasets--me--mine"
+    snapshot = repository / "snapshots" / "abc"
+    save(repository / "blobs", "1.png")
+    (repository / "blobs" / "1.png").rename(repository / "blobs" / "1f3a")
+    snapshot.mkdir(parents=True)
+    (snapshot / "0.png").symlink_to("../../blobs/1f3a")
+    (snapshot / "0.txt").write_text("a caption")
+    (record,) = read_captioned(snapshot)
+    assert record.image.size() == (8, 6)
+    (snapshot / "1.png").symlink_to(outside(snapshot, tmp_path))
+    (snapshot / "1.txt").write_text("another")
+    with pytest.raises(BadRow, match="outside of the data's folder"):
+        list(read_captioned(snapshot))

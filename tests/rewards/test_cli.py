@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from services import ODD, ROOT, Service
@@ -97,6 +98,20 @@ def test_a_config_may_name_a_service(pictures):
     assert json.loads(ended.stdout)["told"] == right[0]
 
 
+def test_images_are_scored_as_they_are_shown(tmp_path):
+    """Upright, on white, and 16 bits as 8: as the training data are opened."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (100, 50)).save(tmp_path / "turned.jpg", exif=turned)
+    Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.fromarray(np.full((40, 40), 40000, np.uint16)).save(tmp_path / "deep.png")
+    (tmp_path / "size.py").write_text("def score(images, prompts):\n    return [i.width / i.height for i in images]\n")
+    words = ("--use", "brightness", "--use", "./size.py:score", "--images", "*.*g", "--prompt", "x", "--json")
+    rows = [json.loads(line) for line in run("score", *words, folder=tmp_path).stdout.splitlines()]
+    found = {row["image"]: (round(row["brightness"], 3), row["score"]) for row in rows}
+    assert found == {"clear.png": (1.0, 1.0), "deep.png": (round(155 / 255, 3), 1.0), "turned.jpg": (0.0, 0.5)}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -104,10 +119,13 @@ def test_a_config_may_name_a_service(pictures):
         (("--use", "shapes_exact", "--images", "p0.png"), "needs the data column 'spec'"),
         (("--use", "grounded", "--images", "q*.png"), "no image matches q*.png"),
         (("--use", "grounded", "--images", "alone.png"), "alone.png has no prompt: pass --prompt"),
-        (("--use", "grounded", "--images", "broken.png", "--prompt", "x"), "broken.png is not a readable image"),
+        (
+            ("--use", "grounded", "--images", "broken.png", "--prompt", "x"),
+            "the image broken.png is broken: cannot identify it as PNG",
+        ),
         (
             ("--use", "grounded", "--images", "huge.png", "--prompt", "x"),
-            "huge.png is not a readable image: Image size",
+            "the image huge.png is broken: Image size",
         ),
         (("--use", "grounded", "--images", "p0.png", "--column", "x"), "give NAME=VALUE"),
         (("--images", "p0.png"), "no reward was given"),

@@ -1,0 +1,100 @@
+"""Folders of images, with captions in metadata files or beside each image."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from preference_data.images import BadRow
+from preference_data.places import lies_in
+from preference_data.rows import IMAGE_ENDINGS, TEXT_ENDINGS, Row, ending_of, read_rows
+
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+class ImageFolder:
+    """Images in a folder and its subfolders, with metadata files, a ``.txt`` beside each image, or no captions.
+
+    The rows of the metadata, which any subfolder may have, come first, then the images that they do not list. If some rows
+    of the metadata do not have one ``file_name`` each, only the metadata is given. ``other_files``: data files beside the
+    images that are not taken for data.
+    """
+
+    def __init__(self, folder: Path, other_files: Sequence[Path] = ()) -> None:
+        self.name = str(folder)
+        self.folder = self.root = folder
+        self.other_files = list(other_files)
+        self.metadata = [found for below in folders_below(folder) if (found := metadata_in(below)) is not None]
+        self.by_path = all(ending_of(file) in TEXT_ENDINGS for file in self.metadata)
+
+    def __iter__(self) -> Iterator[Row | BadRow]:
+        listed: set[str] = set()
+        has_file_names = True
+        for file in self.metadata:
+            for row in read_rows(file):
+                if isinstance(row, BadRow):
+                    yield row
+                    continue
+                name = row.values.get("file_name")
+                has_file_names = has_file_names and isinstance(name, str)
+                if isinstance(name, str):
+                    listed.add(os.path.normpath(file.parent / name))
+                yield replace(
+                    row, values=rename_file_name_columns(row.values), within=self.root, caption_from=file.name
+                )
+        for image in self.images() if has_file_names else ():
+            if os.path.normpath(image) not in listed:
+                yield self._row(image)
+
+    def images(self) -> Iterator[Path]:
+        """Yield every image file, sorted by name; hidden files and folders are left out."""
+        return (file for file in _files_below(self.folder) if file.name.lower().endswith(IMAGE_ENDINGS))
+
+    def _row(self, image: Path) -> Row | BadRow:
+        values: dict[str, Any] = {"image": image.name}
+        caption = image.with_suffix(".txt")
+        if caption.is_file():
+            if not lies_in(caption, self.root):
+                return BadRow(str(caption), f"the caption is a link to a file outside of the folder {self.root}")
+            try:
+                values["prompt"] = caption.read_text(encoding="utf-8-sig").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                return BadRow(str(caption), f"the caption cannot be read: {error}")
+        return Row(str(image), values, image.parent, self.root, caption_from=".txt")
+
+    def first_without_caption(self) -> Path | None:
+        """Return the first image that has no ``.txt`` beside it, or None. Opens no file."""
+        return next((image for image in self.images() if not image.with_suffix(".txt").is_file()), None)
+
+
+def folders_below(folder: Path) -> Iterator[Path]:
+    """Yield a folder and its subfolders, sorted; neither hidden ones nor links."""
+    for below, subfolders, _ in os.walk(folder):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        yield Path(below)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder and its subfolders that are not hidden, sorted."""
+    for below in folders_below(folder):
+        yield from sorted(file for file in below.iterdir() if file.is_file() and not file.name.startswith("."))
+
+
+def metadata_in(folder: Path) -> Path | None:
+    """Return a folder's metadata file, if it has one."""
+    return next((folder / name for name in METADATA_FILES if (folder / name).is_file()), None)
+
+
+def rename_file_name_columns(values: dict[str, Any]) -> dict[str, Any]:
+    """Rename the columns of a metadata file to the names that other files have.
+
+    The convention is that of `datasets`: ``file_name`` becomes ``image``, ``file_names`` becomes ``images``,
+    ``chosen_file_name`` becomes ``chosen`` and ``other_file_names`` becomes ``other``. The old names stay as well.
+    """
+    renamed = {}
+    for column, value in values.items():
+        stem, separator, rest = column.rpartition("file_name")
+        if separator and rest in ("", "s") and (not stem or stem.endswith("_")):
+            renamed[stem.rstrip("_") or f"image{rest}"] = value
+    return {**renamed, **values} if renamed else values

@@ -1,0 +1,25 @@
+"""Where files may lie: a data set names files in its own folder, not any of the machine."""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+
+def lies_in(path: str | Path, folder: str | Path) -> bool:
+    """Whether a file, links followed, lies in a folder; of a snapshot in the hub's cache its repository's blobs count too."""
+    real, root = os.path.realpath(path), _real(str(folder))
+    if os.path.commonpath([real, root]) == root:
+        return True
+    repository, snapshots, _ = root.partition(f"{os.sep}snapshots{os.sep}")
+    return bool(snapshots) and real.startswith(os.path.join(repository, "blobs") + os.sep)
+
+
+@lru_cache(maxsize=256)
+def _real(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def shortened(text: object, length: int = 120) -> str:
+    """Return the beginning of a text that a message shows, on one line, and how long it is where that is not all."""
+    shown = " ".join(str(text)[: 2 * length].split())
+    return shown if len(str(text)) <= length else f"{shown[:length]}... ({len(str(text))} characters)"
