@@ -67,3 +67,8 @@ def cropped_share(width: int, height: int, bucket: Bucket) -> float:
     """Return the share of an image's area that :func:`fit` crops away, 0 to 1."""
     scale = min(width / bucket.width, height / bucket.height)
     return 1 - (bucket.width * scale) * (bucket.height * scale) / (width * height)
+
+
+def enlargement(width: int, height: int, bucket: Bucket) -> float:
+    """Return how many times longer than its own an image's sides become in :func:`fit`."""
+    return max(bucket.width / width, bucket.height / height)

@@ -39,7 +39,7 @@ def records_digest(records: Iterable[Any]) -> str:
     """Return a digest of records: their texts, their numbers, and a look at each of their images."""
     digest, count = hashlib.sha256(), 0
     for count, record in enumerate(records, 1):  # noqa: B007
-        for name in (f.name for f in fields(record) if f.name != "where"):
+        for name in (f.name for f in fields(record) if f.name not in ("where", "origin")):
             digest.update(f"{name} ".encode() + _told(getattr(record, name)))
     return f"{count} records, {digest.hexdigest()[:12]}"
 

@@ -297,6 +297,7 @@ def captioned(row: Row, trigger: str | None) -> CaptionedImage:
     if trigger is None:
         if not cells.has(*PROMPT):
             raise BadRow(row.where, "the image has no caption: write one, or set a trigger word for all images")
-        return CaptionedImage(cells.prompt(*PROMPT), image, where=row.where)
-    prompt = trigger if cells.is_blank(*PROMPT) else f"{trigger}, {cells.prompt(*PROMPT)}"
-    return CaptionedImage(prompt, image, where=row.where)
+        return CaptionedImage(cells.prompt(*PROMPT), image, where=row.where, origin=row.caption_from)
+    if cells.is_blank(*PROMPT):
+        return CaptionedImage(trigger, image, where=row.where, origin="the trigger alone")
+    return CaptionedImage(f"{trigger}, {cells.prompt(*PROMPT)}", image, where=row.where, origin=row.caption_from)

@@ -1,14 +1,14 @@
 """Folders of images, with captions in metadata files or beside each image."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from preference_data.images import BadRow
 from preference_data.places import lies_in
-from preference_data.rows import IMAGE_ENDINGS, TEXT_ENDINGS, Row, ending_of, read_rows
+from preference_data.rows import IMAGE_ENDINGS, TEXT_ENDINGS, UNREAD_ENDINGS, Row, ending_of, read_rows
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -49,7 +49,7 @@ class ImageFolder:
 
     def images(self) -> Iterator[Path]:
         """Yield every image file, sorted by name; hidden files and folders are left out."""
-        return (file for file in _files_below(self.folder) if file.name.lower().endswith(IMAGE_ENDINGS))
+        return (file for file in files_below(self.folder) if file.name.lower().endswith(IMAGE_ENDINGS))
 
     def _row(self, image: Path) -> Row | BadRow:
         values: dict[str, Any] = {"image": image.name}
@@ -63,6 +63,17 @@ class ImageFolder:
                 return BadRow(str(caption), f"the caption cannot be read: {error}")
         return Row(str(image), values, image.parent, self.root, caption_from=".txt")
 
+    def left_out(self, used: set[Path]) -> list[tuple[str, str]]:
+        """List (reason, file) of what lies in the folder and is none of the data; ``used``: files of images that are."""
+        listed = [("its rows are no images with captions", str(file)) for file in self.other_files]
+        for below in folders_below(self.folder):
+            listed += [
+                ("a link to a folder", str(item))
+                for item in sorted(below.iterdir())
+                if item.is_symlink() and item.is_dir()
+            ]
+        return listed + not_used(files_below(self.folder), used)
+
     def first_without_caption(self) -> Path | None:
         """Return the first image that has no ``.txt`` beside it, or None. Opens no file."""
         return next((image for image in self.images() if not image.with_suffix(".txt").is_file()), None)
@@ -75,10 +86,23 @@ def folders_below(folder: Path) -> Iterator[Path]:
         yield Path(below)
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
+def files_below(folder: Path) -> Iterator[Path]:
     """Yield the files of a folder and its subfolders that are not hidden, sorted."""
     for below in folders_below(folder):
         yield from sorted(file for file in below.iterdir() if file.is_file() and not file.name.startswith("."))
+
+
+def not_used(files: Iterable[Path], used: set[Path]) -> list[tuple[str, str]]:
+    """List (reason, file) of the pictures among some files that are not used."""
+    names = {os.path.normpath(file) for file in used}
+    found = []
+    for file in files:
+        ending = file.suffix.lower()
+        if ending in UNREAD_ENDINGS:
+            found.append((f"{ending} is not read", str(file)))
+        elif ending in IMAGE_ENDINGS and os.path.normpath(file) not in names:
+            found.append(("no row names it", str(file)))
+    return found
 
 
 def metadata_in(folder: Path) -> Path | None:

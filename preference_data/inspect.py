@@ -12,20 +12,26 @@ import statistics
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
+from preference_data.account import Account
+from preference_data.buckets import Bucket, make_buckets, nearest_bucket
 from preference_data.formats import LAYOUTS, CaptionedNotPreferences
 from preference_data.images import BadRow, ImageSource
 from preference_data.pairs import STRATEGIES, PairCounts, build_pairs
-from preference_data.readers import Records, read_captioned, read_preferences
-from preference_data.schemas import Pair, Record
+from preference_data.readers import read_captioned, read_preferences
+from preference_data.records import Records
+from preference_data.schemas import CaptionedImage, Pair, Record
+from preference_data.sources import parse_columns
 
 _BINS = 10  # of a histogram
+_CELL = 16  # pixels of a latent token
 _BAR = 30  # characters
 _SIZES = 8  # most frequent image sizes printed
 # Pixels of the sheet.
@@ -43,17 +49,32 @@ class Findings:
     lengths: array = field(default_factory=lambda: array("l"))
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     prompts: Counter[bytes] = field(default_factory=Counter)  # by digest
+    verdicts: dict[bytes, Counter[bool]] = field(default_factory=dict)  # of each pair of images, by which one is chosen
+    account: Account = field(default_factory=lambda: Account("trained on"))
+    buckets: list[Bucket] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
     sampled: list[tuple[int, str, list[Image.Image]]] = field(default_factory=list)  # index in the data, prompt, images
     offered: int = 0
     _random: random.Random = field(default_factory=lambda: random.Random(0))
 
     def add_record(self, record: Record) -> None:
         self.lengths.append(len(record.prompt))
-        self.prompts[blake2b(record.prompt.encode(), digest_size=8).digest()] += 1
+        self.prompts[_short(record.prompt.encode())] += 1
+        self.files += [image.path for image in record.sources() if image.path is not None]
         for image in record.sources():
             self.sizes[image.size()] += 1
+        if isinstance(record, CaptionedImage):
+            self._train(record.origin, record.sources())
+
+    def _train(self, origin: str, images: Sequence[ImageSource]) -> None:
+        """Count what becomes of the images of an example in training."""
+        self.account.add(origin, images, nearest_bucket(*images[0].size(), self.buckets))
 
     def add_pair(self, pair: Pair) -> None:
+        self._train("", pair.sources())
+        looks = [_short(pair.prompt.encode() + image.looked_at()) for image in pair.sources()]
+        chosen_first = looks[0] < looks[1]
+        self.verdicts.setdefault(b"".join(sorted(looks)), Counter())[chosen_first] += pair.annotators
         if pair.margin is not None:
             self.margins.append(pair.margin)
         if pair.confidence is not None:
@@ -72,12 +93,15 @@ class Findings:
         return [(prompt, images) for _, prompt, images in sorted(self.sampled, key=lambda entry: entry[0])]
 
 
-def gather(records: Records, strategy: str, min_margin: float, sheet_size: int) -> tuple[Findings, PairCounts | None]:
+def gather(
+    records: Records, strategy: str, min_margin: float, sheet_size: int, resolution: int
+) -> tuple[Findings, PairCounts | None]:
     """Read all records once, and return what was found and the counts of their pairs, None for captioned images.
 
-    An image that turns out to be broken is added to the bad rows of the records' report.
+    An image that turns out to be broken is added to the bad rows of the records' report. ``resolution``: that the data
+    would be trained at.
     """
-    findings = Findings()
+    findings = Findings(buckets=make_buckets(resolution, _CELL))
     captioned = records.format == "captioned"
 
     def measured() -> Iterator[Record]:
@@ -100,6 +124,10 @@ def gather(records: Records, strategy: str, min_margin: float, sheet_size: int) 
     return findings, pairs.counts
 
 
+def _short(content: bytes) -> bytes:
+    return blake2b(content, digest_size=8).digest()
+
+
 def _sample(findings: Findings, records: Records, prompt: str, images: Sequence[ImageSource], size: int) -> None:
     try:
         findings.sample(prompt, images, size)
@@ -109,9 +137,11 @@ def _sample(findings: Findings, records: Records, prompt: str, images: Sequence[
 
 def describe(records: Records, findings: Findings, counts: PairCounts | None, strategy: str) -> str:
     """Return the text that is printed."""
+    findings.account.leave_out_of(records, findings.files)
     lines = [str(records.report)]
     if counts is not None:
         lines.append(f"pairs ({strategy}): {counts}")
+    lines += findings.account.lines()
     lines += _numbers("margin", findings.margins) + _numbers("confidence", findings.confidences)
     if findings.sizes:
         common = ", ".join(f"{w}x{h} ({count})" for (w, h), count in findings.sizes.most_common(_SIZES))
@@ -122,7 +152,28 @@ def describe(records: Records, findings: Findings, counts: PairCounts | None, st
         distinct, repeated = len(findings.prompts), max(findings.prompts.values())
         lines.append(f"prompt length in characters: {low:g} to {high:g}, median {middle:g}")
         lines.append(f"prompts: {distinct} distinct, the most frequent one {repeated} times")
-    return "\n".join(lines)
+    return "\n".join(lines + agreement(findings.verdicts))
+
+
+def agreement(verdicts: Mapping[bytes, Counter[bool]]) -> list[str]:
+    """Say how many pairs are judged several times, and how the votes on them agree."""
+    repeated = [votes for votes in verdicts.values() if votes.total() > 1]
+    if not repeated:
+        return []
+    contradicted = sum(len(votes) > 1 for votes in repeated)
+    agreeing = sum(n * (n - 1) for votes in repeated for n in votes.values())
+    couples = sum(votes.total() * (votes.total() - 1) for votes in repeated)
+    return [
+        f"pairs judged several times: {len(repeated)} of {len(verdicts)}, {contradicted} of them both ways; two votes on one "
+        f"pair agree in {agreeing / couples:.0%} (merge_annotators takes the majority)"
+    ]
+
+
+def shared_prompts(findings: Findings, others: Records, split: str) -> str:
+    """Say how many prompts of another split are among these."""
+    prompts = {_short(record.prompt.encode()) for record in others}
+    shared = len(prompts & findings.prompts.keys())
+    return f"prompts of the split {split}: {len(prompts)} distinct, {shared} of them among these"
 
 
 def _spread(values: array) -> tuple[float, float, float]:
@@ -193,6 +244,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", default="train")
     parser.add_argument("--strategy", choices=STRATEGIES, default="best_worst")
     parser.add_argument("--min_margin", type=float, default=0.0)
+    parser.add_argument(
+        "--resolution", type=int, default=1024, help="pixels; buckets and cropping are those of training at it"
+    )
+    parser.add_argument("--compare", metavar="SPLIT", help="count the prompts that another split has too")
+    parser.add_argument("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="the data's names of columns")
+    parser.add_argument("--image_folder", help="where relative paths of images start and all images lie")
     parser.add_argument("--trigger", help="for captioned images: a word that is put before every caption")
     parser.add_argument("--streaming", action="store_true", help="read a hub data set without downloading it first")
     parser.add_argument("--fast", action="store_true", help="read only the images' headers")
@@ -201,24 +258,35 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _open(arguments: argparse.Namespace) -> Records:
-    common = {"on_bad_row": "skip", "verify_images": not arguments.fast, "streaming": arguments.streaming}
+def _open(arguments: argparse.Namespace, split: str) -> Records:
+    common = {
+        "on_bad_row": "skip",
+        "verify_images": not arguments.fast,
+        "streaming": arguments.streaming,
+        "columns": parse_columns(arguments.columns) or None,
+        "image_folder": arguments.image_folder,
+    }
     if arguments.format == "captioned" or arguments.trigger is not None:
-        return read_captioned(arguments.path, arguments.split, trigger=arguments.trigger, **common)
+        return read_captioned(arguments.path, split, trigger=arguments.trigger, **common)
     try:
-        return read_preferences(arguments.path, arguments.split, format=arguments.format, **common)
+        return read_preferences(arguments.path, split, format=arguments.format, **common)
     except CaptionedNotPreferences:
-        return read_captioned(arguments.path, arguments.split, **common)
+        return read_captioned(arguments.path, split, **common)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit code: 0, or 1 if nothing could be read."""
     arguments = _arguments(argv)
     try:
-        records = _open(arguments)
+        records = _open(arguments, arguments.split)
         sheet_size = arguments.pairs if arguments.sheet else 0
-        findings, counts = gather(records, arguments.strategy, arguments.min_margin, sheet_size)
+        findings, counts = gather(records, arguments.strategy, arguments.min_margin, sheet_size, arguments.resolution)
         print(describe(records, findings, counts, arguments.strategy))
+        if not findings.account.examples:
+            print(f"cannot inspect {arguments.path}: no row of it can be used", file=sys.stderr)
+            return 1
+        if arguments.compare:
+            print(shared_prompts(findings, _open(arguments, arguments.compare), arguments.compare))
         if arguments.sheet:
             sheet(findings.in_order(), pairs=counts is not None).save(arguments.sheet)
             print(f"wrote {arguments.sheet}: {len(findings.sampled)} {'pairs' if counts is not None else 'images'}")

@@ -235,6 +235,7 @@ def sample_row(where: str, members: dict[str, Any], folder: Path | None) -> Row 
     """
     values: dict[str, Any] = {}
     numbered: dict[int, Any] = {}
+    caption_from = ""
     for ending, content in members.items():
         name, _, kind = ending.rpartition(".")
         if f".{kind.lower()}" not in IMAGE_ENDINGS:
@@ -251,15 +252,17 @@ def sample_row(where: str, members: dict[str, Any], folder: Path | None) -> Row 
             if members.get(ending) is not None:
                 text = members[ending]
                 values["prompt"] = text.decode("utf-8-sig").strip() if isinstance(text, bytes) else text
+                caption_from = f".{ending}"
         if members.get("json") is not None:
             columns = members["json"]
             columns = json.loads(columns) if isinstance(columns, (bytes, str)) else columns
             if not isinstance(columns, dict):
                 return BadRow(where, f"its json holds {type(columns).__name__}, not an object with columns")
             values |= columns
+            caption_from = "" if "prompt" in columns else caption_from
     except _NOT_JSON as error:
         return BadRow(where, f"its text or json cannot be read: {error}")
-    return Row(where, values, folder)
+    return Row(where, values, folder, caption_from=caption_from)
 
 
 #: The reader of each file ending, in the order in which a folder is searched for them.

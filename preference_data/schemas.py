@@ -49,11 +49,12 @@ def _check_files(images: Sequence[ImageSource]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class CaptionedImage:
-    """An image with its caption as ``prompt``."""
+    """An image with its caption as ``prompt``; ``origin``: where the caption stands, if not in a column."""
 
     prompt: str
     image: ImageSource
     where: str = "a captioned image"
+    origin: str = ""
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt, self.where)

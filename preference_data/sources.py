@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from preference_data.digests import data_digest
 from preference_data.hints import did_you_mean
-from preference_data.image_folders import METADATA_FILES, ImageFolder, metadata_in, rename_file_name_columns
+from preference_data.image_folders import METADATA_FILES, ImageFolder, metadata_in, not_used, rename_file_name_columns
 from preference_data.images import BadRow
 from preference_data.places import lies_in
 from preference_data.rows import IMAGE_ENDINGS, READERS, TEXT_ENDINGS, Row, ending_of, read_rows, sample_row
@@ -62,6 +62,13 @@ class Files:
                 else:
                     yield replace(row, values=rename_file_name_columns(row.values), within=self.root)
 
+    def left_out(self, used: set[Path]) -> list[tuple[str, str]]:
+        """List (reason, file) of the pictures beside those that are used; ``used``: files of images."""
+        if not self.by_path:
+            return []
+        folders = sorted({file.parent for file in used})  # not all below the root, which may be anybody's home
+        return not_used([file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()], used)
+
 
 class Renamed:
     """Rows of a source with some columns under other names."""
@@ -80,6 +87,15 @@ class Renamed:
             raise ValueError(f"{row.where} has no column {missing!r}, which --columns names.{hint}")
         kept = {name: value for name, value in row.values.items() if name not in self.columns.values()}
         return kept | {new: row.values[old] for new, old in self.columns.items()}
+
+
+def parse_columns(words: Iterable[str]) -> dict[str, str]:
+    """Return what ``NAME=COLUMN ...`` says, for :class:`Renamed`; raise ValueError for anything else."""
+    pairs = [word.partition("=") for word in words]
+    for name, sign, column in pairs:
+        if not (name and sign and column):
+            raise ValueError(f"columns: expected NAME=COLUMN, such as chosen=image_a, found {name + sign + column!r}")
+    return {name: column for name, _, column in pairs}
 
 
 class InMemory:
@@ -105,7 +121,7 @@ class InMemory:
                 number += 1
                 if "__key__" in values:  # the webdataset builder names columns after the members' endings
                     row = sample_row(f"{where}, sample {values['__key__']!r}", values, None)
-                    yield row if isinstance(row, BadRow) else Row(row.where, rename_file_name_columns(row.values), None)
+                    yield row if isinstance(row, BadRow) else replace(row, values=rename_file_name_columns(row.values))
                 else:
                     yield Row(where, rename_file_name_columns(values), None)
 

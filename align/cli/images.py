@@ -10,8 +10,10 @@ from align.cli.data import load_guards, named
 from align.engine.settings import setting
 from preference_data.pairs import STRATEGIES, build_pairs, merge_votes
 from preference_data.prompts import load_prompts
-from preference_data.readers import Records, read_captioned, read_preferences
+from preference_data.readers import read_captioned, read_preferences
+from preference_data.records import Records
 from preference_data.schemas import CaptionedImage, Pair
+from preference_data.sources import parse_columns
 from rewards import load_rewards
 
 
@@ -33,6 +35,12 @@ class SampleArguments:
     dataset_split: str = setting("train", "Split to train on.")
     eval_dataset_name: str | None = setting(None, "Held-out data. Default: none.")
     eval_split: str = setting("test", "Split of the held-out data.")
+    columns: list[str] | None = setting(
+        None, "The data's names of columns, as NAME=COLUMN: chosen=image_a rejected=image_b."
+    )
+    image_folder: str | None = setting(
+        None, "Where relative paths of images start and all images lie. Default: the data's folder, found."
+    )
     on_bad_row: str = setting("error", "A row that cannot be used: error stops, skip leaves it out and lists it.")
 
     def load(self) -> dict[str, Any]:
@@ -46,6 +54,11 @@ class SampleArguments:
 
     def _read(self, name: str, split: str) -> Iterable[Any]:
         raise NotImplementedError
+
+    def _reading(self) -> dict[str, Any]:
+        """Return how data are read, whatever they are."""
+        columns = parse_columns(self.columns or []) or None
+        return {"on_bad_row": self.on_bad_row, "image_folder": self.image_folder, "columns": columns}
 
     def load_samples(self) -> dict[str, Any]:
         """Return what a trainer takes to sample; raises ValueError where rewards, prompts and guards do not fit."""
@@ -77,7 +90,7 @@ class CaptionedDataArguments(SampleArguments):
     )
 
     def _read(self, name: str, split: str) -> Records[CaptionedImage]:
-        records = read_captioned(resolve_dataset(name), split, trigger=self.trigger, on_bad_row=self.on_bad_row)
+        records = read_captioned(resolve_dataset(name), split, trigger=self.trigger, **self._reading())
         records.check_files(quiet=_is_other_process())
         return records
 
@@ -111,8 +124,8 @@ class PreferenceDataArguments(SampleArguments):
             resolve_dataset(name),
             split,
             format=self.dataset_format,
-            on_bad_row=self.on_bad_row,
             streaming=self.streaming,
+            **self._reading(),
         )
         records.check_files(quiet=_is_other_process())
         if not self.merge_annotators:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 import textwrap
 from collections.abc import Sequence
@@ -216,6 +217,12 @@ def write_run_folder(
     (folder / "README.md").write_text(text)
 
 
+def _escaped(text: str) -> str:
+    """Return a text of the data's as Markdown shows it, on one line."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text)
+    return re.sub(r"([\\`*\[\]<>|#])", r"\\\1", shown)
+
+
 def model_card(
     *,
     title: str,
@@ -225,6 +232,7 @@ def model_card(
     loading_code: str,
     lora: bool,
     data: str,
+    account: Sequence[str],
     rewards: list[str],
     settings: dict[str, Any],
     table: str,
@@ -233,7 +241,8 @@ def model_card(
 ) -> str:
     """Return the README.md of a run folder: what it is, how to load it, what it was made from, what changed.
 
-    ``exported``: the update whose weights these are, where it is not the last one.
+    ``exported``: the update whose weights these are, where it is not the last one. ``account``: lines that say what the
+    data are.
     """
     base = f"base_model: {json.dumps(base_model)}\n" if base_on_hub else ""  # the hub refuses a name it does not know
     tags = "".join(
@@ -241,13 +250,14 @@ def model_card(
     )
     sections = [
         f"---\nlibrary_name: diffusers\n{base}tags:\n{tags}---",
-        f"# {title}",
+        f"# {_escaped(title)}",
         f"Trained with flow-align ({algorithm}) from `{base_model}`."
         + (f" These are the weights after update {exported}, the best ones." if exported is not None else ""),
         f"```python\n{loading_code}\n```",
         f"## Result\n\n{table}",
         *(f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures),
-        f"## Data and rewards\n\nTrained on {data}. Rewards: {', '.join(rewards) or 'none'}.",
+        f"## Data and rewards\n\nTrained on {_escaped(data)}. Rewards: {_escaped(', '.join(rewards)) or 'none'}.",
+        *(["\n".join(f"- {_escaped(line)}" for line in account)] if account else []),
         f"## Settings that differ from the defaults\n\n```json\n{json.dumps(settings, indent=2, default=str)}\n```",
     ]
     return "\n\n".join(sections) + "\n"

@@ -29,6 +29,8 @@ from align.models.loading import EMBEDDED, nearest
 from align.models.trained import without_dropout
 from align.parallel.sharding import check_zero, gathered_state, keep_zero3_from_loading, zero_stage
 from align.sampling.held_out import check_columns, evaluate_prompts
+from preference_data.account import Account
+from preference_data.cache import CacheUnusable
 from rewards import Reward, RewardError, load_rewards
 from rewards.weights import shown
 
@@ -66,7 +68,7 @@ class FlowTrainer(CheckpointingTrainer):
     #: What the seconds of a run are counted for.
     phases: tuple[str, ...] = ("data", "update")
     #: Errors that end a run with a checkpoint to resume from.
-    stops: tuple[type[Exception], ...] = (RewardError, NotMeasured)
+    stops: tuple[type[Exception], ...] = (RewardError, NotMeasured, CacheUnusable)
 
     def __init__(
         self,
@@ -95,6 +97,7 @@ class FlowTrainer(CheckpointingTrainer):
         self.flow = model = deferred.load()
         self.metrics = RunMetrics(self.phases)
         self.handed_on = HandedOn()
+        self.told: list[str] = []
         self.interrupt = InterruptCallback()
         self.finite = FiniteCallback(model.transformer)
         if peft_config is not None and model.adapter:
@@ -120,6 +123,9 @@ class FlowTrainer(CheckpointingTrainer):
             # Where the optimizer is offloaded, accelerate would otherwise put DeepSpeed's Adam in place of any other.
             self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
         model.device = self.accelerator.device
+        for name, prompts_of_run in {"held-out prompts": eval_prompts, **self.guard_datasets}.items():
+            if prompts_of_run is not None:
+                self.tell_of_prompts(prompts_of_run, name, always=False)
         self.ema = EMACallback(self) if args.ema_decay else None
         if self.ema:
             self.add_callback(self.ema)
@@ -206,6 +212,21 @@ class FlowTrainer(CheckpointingTrainer):
         if trained:
             cost = 4 if self.args.activation_checkpointing else 3
         self.metrics.forward_equivalents += rows * cost * (2 if guided else 1)
+
+    def tell(self, lines: list[str]) -> None:
+        """Show what the data are, on the console and on the model card."""
+        if self.args.process_index == 0:
+            logger.warning("%s", "\n  ".join(lines))
+            self.told += lines
+
+    def tell_of_prompts(self, prompts: Dataset, what: str, always: bool = True) -> None:
+        """Say how many prompts there are, and of how many the model reads only the beginning; ``always``: even of none."""
+        if self.args.process_index == 0:
+            account = Account(what, examples=len(prompts))
+            for prompt in dict.fromkeys(prompts["prompt"]):
+                account.count_tokens(*self.flow.prompt_tokens(prompt))
+            if always or account.cut:
+                self.tell(account.lines())
 
     # -- held-out samples -------------------------------------------------------------------------------------------
 
@@ -295,6 +316,7 @@ class FlowTrainer(CheckpointingTrainer):
                 loading_code=self.flow.loading_code(base_model, "THIS_FOLDER"),
                 lora=self.flow.adapter,
                 data=data,
+                account=self.told,
                 guards=list(self.guard_datasets),
                 until=best,
                 rewards=[f"{reward.name} (weight {shown(reward.weight)})" for reward in self.rewards],

@@ -60,6 +60,10 @@ class FlowModel(Protocol):
         """
         ...
 
+    def prompt_tokens(self, prompt: str) -> tuple[int, int]:
+        """Return how many tokens a prompt has, those of its template behind it included, and how many are read."""
+        ...
+
     def encode_images(self, images: list[Image.Image], height: int, width: int) -> Tensor:
         """Return the (B, tokens, channels) clean latents of ``images``."""
         ...

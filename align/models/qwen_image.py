@@ -155,6 +155,12 @@ class QwenImage(TrainedTransformer):
                 if cache is not None:
                     cache.put(keys[prompt], self._encoded[prompt])
 
+    def prompt_tokens(self, prompt: str) -> tuple[int, int]:
+        text = self.pipeline.prompt_template_encode.format(prompt)
+        return len(
+            self.pipeline.tokenizer(text).input_ids
+        ) - self.pipeline.prompt_template_encode_start_idx, MAX_TEXT_TOKENS
+
     def fingerprint(self, module: str) -> str:
         if module not in self._fingerprints:
             loaded = getattr(self.pipeline, module)

@@ -4,7 +4,6 @@ A first pass over the data, before the first update, encodes what the cache lack
 the VAE nor the text encoder are needed. Without a cache every batch is encoded when its turn comes, to the same numbers.
 """
 
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,15 +15,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from align.models.contract import FlowModel, Request
-from preference_data.buckets import Bucket, cropped_share, fit, nearest_bucket
-from preference_data.cache import TensorCache, cache_key
+from preference_data.account import Account
+from preference_data.buckets import Bucket, fit, nearest_bucket
+from preference_data.cache import CacheUnusable, TensorCache, cache_key
 from preference_data.images import BadRow, ImageSource
 from preference_data.pictures import OPENED
-
-logger = logging.getLogger(__name__)
-
-#: Images that lose more than this share of their area to cropping are counted in the log.
-MUCH_CROPPED = 0.2
 
 
 @dataclass(frozen=True)
@@ -61,60 +56,76 @@ class LatentStore:
         self._state = PartialState()
 
     def prepare(
-        self, rows: Iterable[tuple[Request, Sequence[ImageSource]]], what: str, extra: Sequence[Request] = ()
-    ) -> list[Example]:
+        self, rows: Iterable[tuple[Request, Sequence[ImageSource], str]], what: str, extra: Sequence[Request] = ()
+    ) -> tuple[list[Example], Account]:
         """Read every row once and encode what is not in the cache yet, each process its share.
 
         Args:
-            rows: (request, the images it belongs to); all images of a row go to the bucket of the first.
+            rows: (request, the images it belongs to, where its text stands); all images of a row go to the bucket of the
+                first.
             what: name of the data, for the progress bar and messages.
             extra: further requests that training will need.
 
+        Returns:
+            The examples, and the account of the data.
+
         Raises:
-            BadRow: an image that cannot be decoded, on every process alike; or nothing is left to train on.
+            BadRow: an image that cannot be decoded, on every process alike.
         """
         examples: list[Example | None] = []
         bad: dict[int, tuple[str, str]] = {}
-        cropped = 0
+        account = Account(what)
         bar = tqdm(rows, desc=f"encoding {what}", unit=" rows", disable=not self._state.is_main_process, leave=False)
-        for number, (request, images) in enumerate(bar):
+        for number, (request, images, origin) in enumerate(bar):
             example, mine = None, number % self._state.num_processes == self._state.process_index
             try:
                 width, height = images[0].size()
                 example = self._example(request, images, nearest_bucket(width, height, self.buckets))
-                cropped += cropped_share(width, height, example.bucket) > MUCH_CROPPED
-                if self.cache is not None and mine:
-                    for key, image in zip(example.keys, images, strict=True):
-                        if key not in self.cache:
-                            self.cache.put(key, self._encode(image, example.bucket))
-                elif mine:
-                    for image in images:
-                        image.open()  # to be known now as broken, not in the middle of a run
+                if mine:
+                    self._read(example, images)
+                if self._state.is_main_process:  # it alone tells
+                    account.add(origin, images, example.bucket)
             except BadRow as error:
                 bad[number] = (error.where, error.problem)
             examples.append(example)
         for bad_of_process in gather_object([bad]):
             bad |= bad_of_process
-        self._report(bad, what, cropped, len(examples))
+        self._report(bad, account, len(examples))
         kept = [e for number, e in enumerate(examples) if e is not None and number not in bad]
+        account.examples = len(kept)
         if not kept:
-            raise BadRow(what, "holds nothing to train on")
+            return kept, account
+        for example in kept if self._state.is_main_process else ():
+            account.count_tokens(*self.model.prompt_tokens(example.request.prompt))
         self._encode_requests([*(e.request for e in kept), *extra])
         self._state.wait_for_everyone()
-        return kept
+        return kept, account
+
+    def _read(self, example: Example, images: Sequence[ImageSource]) -> None:
+        """Encode what the cache lacks of an example; without a cache decode its images, to know now which are broken."""
+        if self.cache is None:
+            for image in images:
+                image.open()
+            return
+        for key, image in zip(example.keys, images, strict=True):
+            if key not in self.cache:
+                self.cache.put(key, self._encode(image, example.bucket))
 
     def latents(self, example: Example) -> Tensor:
         """Return the (images, tokens, channels) float32 clean latents of an example, on the CPU."""
         latents = []
         for number, key in enumerate(example.keys):
-            found = self.cache.get(key) if self.cache is not None else None
-            if found is None and not example.sources:
-                raise FileNotFoundError(f"the cache {self._folder()} has lost an entry that this run made: {key}")
-            latents.append(found if found is not None else self._encode(example.sources[number], example.bucket))
+            if self.cache is None:
+                latents.append(self._encode(example.sources[number], example.bucket))
+                continue
+            found, expected = self.cache.get(key), self.model.latent_shape(*example.bucket)
+            if found is None:
+                raise CacheUnusable(f"the cache {self.cache.folder} has lost an entry that this run made: {key}")
+            if tuple(found.shape[1:]) != expected:
+                shape = tuple(found.shape[1:])
+                raise CacheUnusable(f"{self.cache.path(key)} holds latents of {shape}, not {expected}: remove it")
+            latents.append(found)
         return torch.cat(latents)
-
-    def _folder(self) -> str:
-        return str(self.cache.folder) if self.cache is not None else "(none)"
 
     def _example(self, request: Request, images: Sequence[ImageSource], bucket: Bucket) -> Example:
         if self.cache is None:
@@ -135,19 +146,11 @@ class LatentStore:
         for request in tqdm(mine, desc="encoding prompts", disable=not self._state.is_main_process, leave=False):
             self.model.encode([request])
 
-    def _report(self, bad: dict[int, tuple[str, str]], what: str, cropped: int, total: int) -> None:
+    def _report(self, bad: dict[int, tuple[str, str]], account: Account, total: int) -> None:
+        """Raise BadRow for the first bad row, or count them all as left out."""
         if bad and self.on_bad_row == "error":
             where, problem = bad[min(bad)]
             raise BadRow(where, f"{problem} ({len(bad)} rows of {total} are bad; on_bad_row: skip leaves them out)")
         self.skipped += [": ".join(bad[number]) for number in sorted(bad)]
-        if bad and self._state.is_main_process:
-            listed = "\n  ".join(self.skipped[-len(bad) :][:20])
-            logger.warning("%s: %d of %d rows skipped:\n  %s", what, len(bad), total, listed)
-        if cropped and self._state.is_main_process:
-            logger.warning(
-                "%s: %d of %d images lose more than %d %% of their area to the nearest bucket: raise max_aspect_ratio",
-                what,
-                cropped,
-                total,
-                round(MUCH_CROPPED * 100),
-            )
+        for number in sorted(bad):
+            account.leave_out("it cannot be used", ": ".join(bad[number]))

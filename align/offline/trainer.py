@@ -1,8 +1,7 @@
 """What SFT and DPO share: a trainer on images, and the held-out loss."""
 
-import logging
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +18,7 @@ from align.offline.latents import Example, LatentStore
 from align.offline.settings import OfflineConfig
 from preference_data.buckets import make_buckets
 from preference_data.cache import TensorCache
-from preference_data.images import ImageSource
-
-logger = logging.getLogger(__name__)
+from preference_data.images import BadRow, ImageSource
 
 
 class OfflineTrainer(FlowTrainer):
@@ -46,20 +43,21 @@ class OfflineTrainer(FlowTrainer):
         on_bad_row: str = "error",
         **others: Any,
     ) -> None:
+        cache = TensorCache(args.cache_dir) if args.cache_dir else None
+        if cache is not None:
+            cache.check()
         model = Deferred.of(model, others.get("peft_config"))
         cell = model.outline.cell
         buckets = make_buckets(args.bucket_resolution(cell), cell, args.max_aspect_ratio)
         super().__init__(model, args, None, eval_dataset, **others)
         self.inputs.fixed.update(describe_inputs(train_dataset, []).fixed)
-        self.flow.condition_cache = cache = TensorCache(args.cache_dir) if args.cache_dir else None
+        self.flow.condition_cache = cache
         self.store = LatentStore(self.flow, cache, buckets, on_bad_row)
-        self.train_dataset = DrawnExamples(
-            self.store.prepare(map(self.images_of, train_dataset), "training data", [Request(args.negative_prompt)])
-        )
+        examples = self._prepare(train_dataset, "training data", [Request(args.negative_prompt)])
+        self.train_dataset = DrawnExamples(examples)
         self.held_out: list[Example] = []
         if eval_dataset is not None:
-            self.held_out = self.store.prepare(map(self.images_of, eval_dataset), "held-out data")
-        self._report_buckets()
+            self.held_out = self._prepare(eval_dataset, "held-out data")
 
     def images_of(self, record: Any) -> tuple[Request, list[ImageSource]]:
         """Return (request, the images that are trained on together) of a record."""
@@ -73,11 +71,27 @@ class OfflineTrainer(FlowTrainer):
         """Return metrics from (examples, levels, values)."""
         raise NotImplementedError
 
-    def _report_buckets(self) -> None:
-        if self.is_world_process_zero():
-            sizes = Counter(example.bucket for example in self.train_dataset.examples)
-            shown = ", ".join(f"{b.width}x{b.height}: {count}" for b, count in sorted(sizes.items()))
-            logger.info("%d training examples (width x height: %s)", len(self.train_dataset), shown)
+    def _prepare(self, data: Iterable[Any], what: str, extra: Sequence[Request] = ()) -> list[Example]:
+        """Return the examples of a data set, and tell what of it is used and what becomes of it.
+
+        Raises:
+            BadRow: see :meth:`LatentStore.prepare`; or nothing is left to train on.
+        """
+        files: list[Path] = []
+
+        def rows() -> Iterator[tuple[Request, list[ImageSource], str]]:
+            for record in data:
+                request, images = self.images_of(record)
+                files.extend(image.path for image in images if image.path is not None)
+                yield request, images, getattr(record, "origin", "")
+
+        examples, account = self.store.prepare(rows(), what, extra)
+        if self.is_world_process_zero() or not examples:
+            account.leave_out_of(data, files)
+        if not examples:
+            raise BadRow(what, "; ".join(["holds nothing to train on", *account.lines()[1:]]))
+        self.tell(account.lines())
+        return examples
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
         buckets = [example.bucket for example in self.train_dataset.examples]
@@ -96,7 +110,7 @@ class OfflineTrainer(FlowTrainer):
         """Measure the held-out loss, if there is held-out data, and the samples of held-out prompts."""
         examples = self.held_out
         if eval_dataset is not None and eval_dataset is not self.eval_dataset:
-            examples = self.store.prepare(map(self.images_of, eval_dataset), "held-out data")
+            examples = self._prepare(eval_dataset, "held-out data")
         metrics: dict[str, float] = {}
         if examples:
             metrics = self.held_out_summary(self._measure(examples), prefix)

@@ -128,6 +128,7 @@ class OnlineTrainer(FlowTrainer):
             logger.warning(
                 "the adapter's dropout of %s is left out: sampling and replay would see two policies", dropped
             )
+        self.tell_of_prompts(train_dataset, "training prompts")
         self._buffer: Any = None
         self._micro_step: int | None = None  # micro-batches taken since the start of the run
         self._writer: Any = None  # of what save_rollouts keeps

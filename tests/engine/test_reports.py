@@ -221,6 +221,7 @@ def card(**overrides) -> str:
         "lora": True,
         "settings": reports.changed_settings(args),
         "data": "tiny/background",
+        "account": ["training data: 3", "left out, .heic is not read: 1 (my [odd](x).heic)"],
         "rewards": ["warm_background (weight 1)", "shapes_following (weight 0)"],
         "table": reports.changes_table(training_log()),
         "pictures": ["reward_curve.png", "before_after.png"],

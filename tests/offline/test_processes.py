@@ -142,7 +142,8 @@ def test_two_processes_fill_one_empty_cache_at_a_time(both):
 
 def test_a_bad_row_that_one_process_reads_is_left_out_by_both(both):
     log = (both / "two.log").read_text()
-    assert log.count("1 of 41 rows skipped:\n") == 1  # said by the main process alone
+    assert log.count("left out, it cannot be used: 1 (") == 1  # said by the main process alone
+    assert log.count("training data: 40\n") == 1
 
 
 def rows_of(folder: Path) -> list[dict]:

@@ -150,9 +150,9 @@ def test_a_cache_of_another_model_is_not_used(tmp_path):
         next(other.pipeline.vae.parameters()).mul_(1.01)
     assert model.fingerprint("vae") != other.fingerprint("vae")
     assert model.fingerprint("text_encoder") == other.fingerprint("text_encoder")
-    image = [(Request("a"), [next(iter(read_captioned(GROUNDED))).image])]
+    image = [(Request("a"), [next(iter(read_captioned(GROUNDED))).image], "")]
     stores = [LatentStore(m, TensorCache(tmp_path), make_buckets(64, 16)) for m in (model, other)]
-    first, second = (store.latents(store.prepare(image, "data")[0]) for store in stores)
+    first, second = (store.latents(store.prepare(image, "data")[0][0]) for store in stores)
     assert not torch.equal(first, second)
 
 
@@ -200,12 +200,12 @@ def test_a_rare_shape_is_drawn_no_more_often_than_the_others(common, rare, batch
 
 def test_images_of_several_shapes_train_at_several_sizes(tmp_path):
     rows = [
-        (Request("wide"), [ImageSource.of(Image.new("RGB", (200, 100), "red"), "wide")]),
-        (Request("tall"), [ImageSource.of(Image.new("RGB", (100, 200), "blue"), "tall")]),
-        (Request("square"), [ImageSource.of(Image.new("RGB", (90, 100), "green"), "square")]),
+        (Request("wide"), [ImageSource.of(Image.new("RGB", (200, 100), "red"), "wide")], ""),
+        (Request("tall"), [ImageSource.of(Image.new("RGB", (100, 200), "blue"), "tall")], ""),
+        (Request("square"), [ImageSource.of(Image.new("RGB", (90, 100), "green"), "square")], ""),
     ]
     store = LatentStore(load_model("tiny"), TensorCache(tmp_path), make_buckets(64, 16, 2.0))
-    examples = store.prepare(rows, "data")
+    examples, _ = store.prepare(rows, "data")
     assert [e.bucket.width > e.bucket.height for e in examples[:2]] == [True, False]
     for example in examples:
         args = SFTConfig(**settings(tmp_path))

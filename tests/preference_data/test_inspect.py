@@ -40,9 +40,15 @@ def test_ranked_lists(folder, capsys):
     code, out, _ = run(capsys, file)
     lines = out.splitlines()
     assert code == 0
-    assert lines[:3] == [
+    assert lines[:6] == [
         f"{file} (ranked): 4 rows, 4 records, 0 bad rows skipped",
         "pairs (best_worst): 2 pairs (4 records, 1 ties, 1 unscored)",
+        "trained on: 2 (4 images)",
+        "captions from a column: 2",
+        "trained at (width x height) 1184x880: 2",
+        "2.6% of the pixels are cropped away",
+    ]
+    assert "4 images are enlarged, the smallest 146.7 times" in lines and lines[-14:-13] == [
         "margin of 2 pairs: 0.5 to 2, median 1.25",
     ]
     assert sum(line.startswith("  from ") for line in lines) == 10
@@ -129,6 +135,44 @@ def test_what_cannot_be_read_is_one_line_and_an_exit_code(tmp_path, capsys, name
     code, out, err = run(capsys, tmp_path / name)
     assert code == 1 and out == ""
     assert err.startswith(f"cannot inspect {tmp_path / name}: ") and problem in err and err.count("\n") == 1
+
+
+def votes(folder, *winners) -> str:
+    rows = "".join(f"p{n},1.png,2.png,{winner}\n" for n, of in enumerate(winners) for winner in of)
+    (folder / "votes.csv").write_text("prompt,image_a,image_b,winner\n" + rows)
+    return str(folder / "votes.csv")
+
+
+def test_pairs_that_are_judged_both_ways_are_counted(folder, capsys):
+    """The same pair judged both ways counted as so many pairs, without a word."""
+    save(folder, "1.png", "2.png")
+    _, out, _ = run(capsys, votes(folder, "AAB", "AA", "B"))
+    # Of the first pair's 6 ordered couples of votes 2 agree, of the second's 2 both do.
+    assert "pairs judged several times: 2 of 3, 1 of them both ways; two votes on one pair agree in 50%" in out
+    assert "judged several times" not in run(capsys, votes(folder, "A", "B"))[1]
+
+
+def test_prompts_that_two_splits_share_are_counted(folder, capsys):
+    save(folder, "1.png", "2.png")
+    for split, prompts in (("train", "abc"), ("test", "cdc")):
+        rows = [{"prompt": p, "chosen": "1.png", "rejected": "2.png"} for p in prompts]
+        json_lines(folder / f"{split}.jsonl", rows)
+    assert "prompts of the split test: 2 distinct, 1 of them among these" in run(capsys, folder, "--compare", "test")[1]
+
+
+def test_nothing_that_can_be_used_is_no_success(folder, capsys):
+    (folder / "a.jsonl").write_text('{"prompt": "", "chosen": "x", "rejected": "y"}\n' * 30)
+    code, _, error = run(capsys, folder / "a.jsonl")
+    assert code == 1 and error
+
+
+def test_columns_and_the_images_folder_may_be_named(folder, capsys):
+    save(folder / "images", "1.png", "2.png")
+    file = json_lines(folder / "rows" / "a.jsonl", [{"text": "p", "x": "1.png", "y": "2.png"}])
+    words = ("--columns", "chosen=x", "rejected=y", "--image_folder", folder / "images")
+    assert "(pairs): 1 rows, 1 records" in run(capsys, file, *words)[1]
+    code, _, error = run(capsys, file, "--columns", "chosen")
+    assert code == 1 and "expected NAME=COLUMN, such as chosen=image_a, found 'chosen'" in error
 
 
 def test_it_runs_as_a_module_with_its_progress_on_stderr(folder):
