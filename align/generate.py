@@ -25,8 +25,9 @@ from align.cli.data import named
 from align.cli.launch import defer_model
 from align.engine.settings import check_settings, plan_of, setting, values_of
 from align.engine.signals import Interrupt
+from align.models.adapters import find_adapter
 from align.models.contract import FlowModel, NotFinite
-from align.models.loading import digest_adapter
+from align.models.loading import digest_file
 from align.parallel.sharding import check_world_size
 from align.sampling.held_out import check_columns
 from align.sampling.noise import ImageKey
@@ -76,7 +77,7 @@ class GenerateArguments:
 
     def decides(self, model: ModelArguments, rewards: Sequence[Reward]) -> dict[str, Any]:
         """Return what decides the content of a row: to go on with other values would mix two data sets."""
-        adapter = model.adapter and digest_adapter(model.adapter)
+        adapter = model.adapter and digest_file(find_adapter(model.adapter))
         settings = values_of(self, fixed_on_resume=True)
         return settings | {"model": model.model, "adapter": adapter, "rewards": [r.described() for r in rewards]}
 
