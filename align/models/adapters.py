@@ -1,6 +1,10 @@
-"""LoRA files in the layouts that are common, read to one form and checked against the model that they are for.
+"""LoRA files: the layouts that are common, read to one form, and the one that is written, which all tools read alike.
 
 What is read: the names of diffusers, PEFT, DiffSynth-Studio, ComfyUI, kohya and musubi-tuner, see :data:`_KEY`.
+
+What is written has no alpha that a tool would have to know of. diffusers reads it from the metadata and not from a tensor,
+ComfyUI from a tensor and not from the metadata; all of them take the rank where they find none. So alpha is folded into B.
+The alpha that it was trained with, at which the optimizer's steps have their size, is in metadata of our own.
 """
 
 import json
@@ -16,6 +20,7 @@ from typing import Any
 
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -25,6 +30,10 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 _NAMED = (LORA_FILE, "adapter_model.safetensors")
 #: Where a LoRA says its alpha: diffusers in the file, PEFT beside it, kohya in a tensor for each layer.
 _DIFFUSERS, _PEFT = "lora_adapter_metadata", "adapter_config.json"
+#: Our key in a file's metadata: the alphas that are folded into B, and the dropout.
+_OURS = "flow_align_lora"
+#: Before a layer's name in the files that we write: diffusers' own "transformer." is none to DiffSynth-Studio.
+_WRITTEN = "diffusion_model."
 #: Before a layer's name: of PEFT, DiffSynth-Studio, ComfyUI and diffusers.
 _PREFIXES = ("base_model.model.", "pipe.dit.", "diffusion_model.", "transformer.")
 #: Before a layer's name with underscores for dots: of kohya and musubi-tuner, OneTrainer, LyCORIS.
@@ -65,6 +74,16 @@ class Lora:
             "target_modules": sorted(self.down),  # full names: nothing is left to guess
         }
 
+    def written(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the tensors and the metadata of a file that every tool reads as this LoRA, see the module."""
+        tensors = {}
+        for layer, down in self.down.items():
+            tensors[f"{_WRITTEN}{layer}.lora_A.weight"] = down.detach().contiguous()
+            tensors[f"{_WRITTEN}{layer}.lora_B.weight"] = self.up[layer].detach() * (self.alphas[layer] / len(down))
+        settings = self.settings()
+        kept = {name: settings[name] for name in ("lora_alpha", "alpha_pattern", "lora_dropout")}
+        return tensors, {"format": "pt", _OURS: json.dumps({"folded": True} | kept, sort_keys=True)}
+
 
 def _most_common(numbers: Mapping[str, Any]) -> Any:
     return Counter(numbers.values()).most_common(1)[0][0]
@@ -90,6 +109,13 @@ def effective_alphas(settings: Mapping[str, Any], ranks: Mapping[str, int]) -> d
         alpha = pattern.get(get_pattern_key(pattern, layer), settings.get("lora_alpha", rank))
         alphas[layer] = alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
     return alphas
+
+
+def write_adapter(folder: str | Path, lora: Lora) -> None:
+    """Write a LoRA under diffusers' name for its file."""
+    tensors, metadata = lora.written()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(tensors, Path(folder) / LORA_FILE, metadata=metadata)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -136,7 +162,7 @@ def read_adapter(name: str | Path, layers: Mapping[str, tuple[int, int]]) -> Lor
     file = find_adapter(name)
     try:
         with safe_open(file, "pt") as stored:
-            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - it is no mapping
+            tensors = {key: stored.get_tensor(key).float() for key in stored.keys()}  # noqa: SIM118 - it is no mapping
             metadata = stored.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"adapter {file} cannot be read: {error}") from error
@@ -152,6 +178,8 @@ def read_adapter(name: str | Path, layers: Mapping[str, tuple[int, int]]) -> Lor
 
 def stored_settings(metadata: Mapping[str, str], beside: str | None) -> dict[str, Any] | None:
     """Return what a file's metadata, or the text of PEFT's config beside it, say of a LoRA; None where there is nothing."""
+    if _OURS in metadata:
+        return json.loads(metadata[_OURS])
     if _DIFFUSERS in metadata:
         return {key.removeprefix("transformer."): value for key, value in json.loads(metadata[_DIFFUSERS]).items()}
     return None if beside is None else json.loads(beside)
@@ -191,8 +219,13 @@ def from_tensors(
                 f"{layer} has matrices of shapes {tuple(down[layer].shape)} and {tuple(up[layer].shape)}, and the model's "
                 f"layer needs ({rank}, {into}) and ({out}, {rank}): it is the LoRA of another model"
             )
-    alphas = effective_alphas(settings, {layer: len(tensor) for layer, tensor in down.items()})
-    alphas |= {layer: alpha.item() for layer, alpha in sides["alpha"].items()}
+    ranks = {layer: len(tensor) for layer, tensor in down.items()}
+    alphas = effective_alphas(settings, ranks)
+    in_file: dict[str, float] = {layer: alpha.item() for layer, alpha in sides["alpha"].items()}
+    if settings.get("folded"):  # take out of B what goes beyond the file's own alpha: converters add one, the rank
+        up = {layer: tensor / (alphas[layer] / in_file.get(layer, ranks[layer])) for layer, tensor in up.items()}
+    else:
+        alphas |= in_file
     return Lora(down, up, alphas, settings.get("lora_dropout") or 0.0)
 
 

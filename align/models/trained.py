@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers.training_utils import _collate_lora_metadata, cast_training_params
+from diffusers.training_utils import cast_training_params
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
-from align.models.adapters import check_plain, find_adapter, read_adapter
+from align.models.adapters import check_plain, find_adapter, from_tensors, read_adapter, write_adapter
 from align.models.loading import EMBEDDED, digest_file, nearest
 from align.parallel.memory import Counts
 
-#: Names of the adapters on the transformer; diffusers saves the metadata of the one called "default".
+#: Names of the adapters on the transformer.
 TRAINED, REFERENCE = "default", "reference"
 #: diffusers' own name of a transformer's files.
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
@@ -213,12 +213,8 @@ class TrainedTransformer:
 
     def save(self, folder: str | Path, state_dict: dict[str, Tensor]) -> None:
         if self.adapter:
-            # Without the metadata the loader falls back to alpha = rank, and the adapter comes back at another strength.
-            type(self.pipeline).save_lora_weights(
-                folder,
-                transformer_lora_layers=get_peft_model_state_dict(self.transformer, state_dict=state_dict),
-                **_collate_lora_metadata({"transformer": self.transformer}),
-            )
+            trained = get_peft_model_state_dict(self.transformer, state_dict=state_dict)
+            write_adapter(folder, from_tensors(trained, self.transformer.peft_config[TRAINED].to_dict(), self._linear))
         else:
             # Not by save_pretrained: it writes the module's own tensors, which are empty where ZeRO-3 shares them out.
             self.transformer.save_config(Path(folder) / "transformer")
