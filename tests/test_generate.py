@@ -4,13 +4,19 @@ import json
 import shutil
 
 import datasets
+import numpy as np
 import pytest
 from datasets import Dataset
+from peft import LoraConfig
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from align import generate
 from align.generate import GenerateArguments, open_writer
+from align.models.contract import Request
 from align.models.families import load_model
+from align.sampling.noise import ImageKey
+from align.sampling.rollout import SamplingPlan, rollout
 from preference_data.readers import read_captioned, read_preferences
 
 PROMPTS = ["a red circle", "two blue squares", "das Wort \u00c4PFEL", "a green cross", "a circle"]
@@ -61,6 +67,24 @@ def test_they_are_the_images_that_rewards_would_have_ranked(folder):
     ranked = [image.open() for record in read_preferences("ranked") for image in record.images]
     plain = [item.image.open() for item in read_captioned("plain")]
     assert len(plain) == 10 and [a.tobytes() for a in plain] == [b.tobytes() for b in ranked]
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model.", "diffusion_model."])
+def test_they_are_those_of_the_adapter_whatever_its_names_begin_with(folder, prefix):
+    """They were those of the model without it, and the exit code 0, where the names did not begin with `transformer.`"""
+    model = load_model("tiny")
+    model.add_lora(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False))
+    model.save("lora", {name: p for name, p in model.transformer.named_parameters() if p.requires_grad})
+    tensors = load_file("lora/pytorch_lora_weights.safetensors")
+    save_file({prefix + key.removeprefix("diffusion_model."): t for key, t in tensors.items()}, "mine.safetensors")
+    run("base", max_prompts=1)
+    run("adapted", max_prompts=1, adapter="mine.safetensors")
+    base, adapted = (item.image.open() for item in (next(iter(read_captioned(name))) for name in ("base", "adapted")))
+    row = [Request(PROMPTS[0])]
+    key = [ImageKey(0, "generate", 0, 0)]
+    expected = rollout(model, row, key, SamplingPlan(64, 64, 2)).images[0]
+    assert np.abs(np.asarray(adapted, int) - np.asarray(expected, int)).mean() < 0.1
+    assert np.abs(np.asarray(adapted, int) - np.asarray(base, int)).mean() > 1
 
 
 def test_one_image_of_each_prompt_is_enough_without_rewards_and_not_with_them(folder):

@@ -31,7 +31,7 @@ Deltas = dict[str, Tensor]
 
 
 def comfyui(tensors: dict[str, Tensor], layers: list[str]) -> Deltas:
-    """https://github.com/Comfy-Org/ComfyUI: comfy/lora.py (model_lora_keys_unet, load_lora), comfy/weight_adapter/lora.py"""
+    """https://github.com/Comfy-Org/ComfyUI at 17358c8: comfy/lora.py (model_lora_keys_unet, load_lora), comfy/weight_adapter/lora.py"""
     found, used = {}, set()
     for layer in layers:
         flat = layer.replace(".", "_")
@@ -47,7 +47,7 @@ def comfyui(tensors: dict[str, Tensor], layers: list[str]) -> Deltas:
 
 
 def diffsynth(tensors: dict[str, Tensor], layers: list[str]) -> Deltas:
-    """https://github.com/modelscope/DiffSynth-Studio: diffsynth/utils/lora/general.py (GeneralLoRALoader)"""
+    """https://github.com/modelscope/DiffSynth-Studio at fed7b18: diffsynth/utils/lora/general.py (GeneralLoRALoader)"""
     found, used = {}, set()
     for key in tensors:
         if "lora_B" not in key:
@@ -67,7 +67,7 @@ def diffsynth(tensors: dict[str, Tensor], layers: list[str]) -> Deltas:
 
 
 def musubi_converted(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """https://github.com/kohya-ss/musubi-tuner: src/musubi_tuner/convert_lora.py --target default (convert_from_diffusers)"""
+    """https://github.com/kohya-ss/musubi-tuner at 30c658c: src/musubi_tuner/convert_lora.py (convert_from_diffusers)"""
     new = {}
     for key, weight in tensors.items():
         prefix, body = key.split(".", 1)
