@@ -14,7 +14,7 @@ COMMANDS = {
     "dpo": ("align.dpo", "DPO on preferences"),
     "dpo_online": ("align.dpo_online", "DPO on pairs of the model's own images, ranked by your rewards"),
     "sft": ("align.sft", "fine-tuning on captioned images"),
-    "generate": ("align.generate", "sample, score and write a ranked data set"),
+    "generate": ("align.generate", "sample images; with rewards, score and rank them"),
     "rewards": ("rewards.__main__", "list the built-in rewards, score images by them, serve them over HTTP"),
     "inspect": ("preference_data.inspect", "describe preference data, and draw pairs of it"),
     "configs": ("align.cli.configs", "list the shipped configs, or print the path of one"),

@@ -79,7 +79,8 @@ class RankedWriter:
         self._schema = _schema(self.rewards, self._extra)
         self._rows: list[dict[str, Any]] = []
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._check_settings(dict(settings or {}))
+        kinds = {field.name: str(field.type) for field in self._schema}
+        agree_on_settings(self.folder, {**(settings or {}), "(version)": _VERSION, "(columns)": kinds}, index)
         self._remove_incomplete()
         self._done, self._next_number = self._find_done()
 
@@ -173,36 +174,6 @@ class RankedWriter:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()  # also after an error: the rows before it are good
 
-    def _check_settings(self, settings: dict[str, Any]) -> None:
-        columns = {field.name: str(field.type) for field in self._schema}
-        expected = json.loads(json.dumps({**settings, "(version)": _VERSION, "(columns)": columns}, sort_keys=True))
-        file = self.folder / SETTINGS
-        if not file.is_file():
-            # The first of several processes writes the file, and each reads it, so that all compare with the same.
-            partial = file.with_name(f".{SETTINGS}.{os.getpid()}-{self._shard[0]}.partial")
-            with partial.open("w", encoding="utf-8") as text:
-                json.dump(expected, text, indent=2, sort_keys=True)
-                text.flush()
-                os.fsync(text.fileno())
-            try:
-                os.link(partial, file)  # unlike a rename, this does not replace an existing file
-            except FileExistsError:
-                partial.unlink()
-            except OSError:  # a file system without links
-                partial.replace(file)
-            else:
-                partial.unlink()
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file} cannot be read: {error}") from error
-        for name in sorted(expected.keys() | found.keys()):
-            if expected.get(name) != found.get(name):
-                raise ValueError(
-                    f"{self.folder} was written with {name} = {found.get(name)!r}, and this run has "
-                    f"{expected.get(name)!r}: use the same value, or another folder"
-                )
-
     def _cleans_up(self, file_name: re.Match[str]) -> bool:
         """Whether this process cleans up after a file; the first process does so for files of other shard counts."""
         index, count = int(file_name[1]), int(file_name[2])
@@ -236,6 +207,41 @@ class RankedWriter:
                     f"{file} is broken ({error}): kept as {renamed}, its rows will be made again", stacklevel=3
                 )
         return done, next_number
+
+
+def agree_on_settings(folder: Path, settings: Mapping[str, Any], process: int) -> None:
+    """Write the settings that a folder is written with, or compare with those that it was.
+
+    Raises:
+        ValueError: naming the first that differs.
+    """
+    expected = json.loads(json.dumps(settings, sort_keys=True))
+    file = folder / SETTINGS
+    if not file.is_file():
+        # The first of several processes writes the file, and each reads it, so that all compare with the same.
+        partial = file.with_name(f".{SETTINGS}.{os.getpid()}-{process}.partial")
+        with partial.open("w", encoding="utf-8") as text:
+            json.dump(expected, text, indent=2, sort_keys=True)
+            text.flush()
+            os.fsync(text.fileno())
+        try:
+            os.link(partial, file)  # unlike a rename, this does not replace an existing file
+        except FileExistsError:
+            partial.unlink()
+        except OSError:  # a file system without links
+            partial.replace(file)
+        else:
+            partial.unlink()
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"{folder} was written with {name} = {found.get(name)!r}, and this run has "
+                f"{expected.get(name)!r}: use the same value, or another folder"
+            )
 
 
 def _prompts(file: Path) -> dict[int, str]:

@@ -52,8 +52,8 @@ CONFIGS = {
 }
 #: A command that is shown to fail by an option or a value which nobody knows, and what it says.
 MISTAKE = re.compile(r"^\$ .*\nerror: (?:unknown option|argument|config file) .*$", re.MULTILINE)
-#: Options of other programs: `ruff format --check`, Slurm's `srun --signal`.
-OTHERS = {"check", "signal"}
+#: Options of other programs: `ruff format --check`, Slurm's `srun --signal`, musubi-tuner's `convert_lora.py`.
+OTHERS = {"check", "signal", "input", "output", "target"}
 #: In a quoted message, what differs (capitals and dots), and where the code puts it together from several texts.
 DIFFERS = re.compile(
     r"\.\.\.|checkpoint\.json|model_index\.json|\b[A-Z][A-Z_]*\b|(?<=was written:)|(?<=MiB were free)"

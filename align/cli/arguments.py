@@ -18,6 +18,7 @@ from trl import TrlParser
 
 from align.cli.configs import find_config
 from align.engine.settings import check_settings, setting
+from align.models.adapters import find_adapter
 from align.models.loading import nearest
 from align.tiny import IMAGES, PROMPTS
 
@@ -25,7 +26,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 logger = logging.getLogger(__name__)
 #: LoRA settings that mean nothing in a full fine-tune.
 _LORA_FIELDS = ("adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass
@@ -50,7 +50,7 @@ class ModelArguments:
     lora_target_modules: list[str] | None = setting(
         None, "Linear layers to adapt. Default: those of the attention, as the model's family lists them."
     )
-    adapter: str | None = setting(None, "Folder of a LoRA to start from (pytorch_lora_weights.safetensors).")
+    adapter: str | None = setting(None, "A LoRA to start from: its .safetensors file, or the folder of it.")
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -68,8 +68,7 @@ class ModelArguments:
                     f"use_peft: false asks for a full fine-tune and {given[0]!r} for an adapter: leave one of them out"
                 )
         if self.adapter is not None:
-            if not (Path(self.adapter) / LORA_FILE).is_file():
-                raise FileNotFoundError(f"adapter folder {self.adapter} has no {LORA_FILE}")
+            find_adapter(self.adapter)
             for name in _LORA_FIELDS[1:]:
                 if getattr(self, name) is not None:
                     logger.warning("%s is ignored: the adapter %s defines it", name, self.adapter)

@@ -14,6 +14,12 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 _CAPTION, _GAP = 16, 4
+#: On the card of a LoRA, behind the code for diffusers.
+_ELSEWHERE = """Strength 1 is what was trained, in every tool; alpha is the rank.
+
+- ComfyUI: put the file into `models/loras`; node "Load LoRA".
+- DiffSynth-Studio: `pipe.load_lora(pipe.dit, "THIS_FOLDER/pytorch_lora_weights.safetensors", alpha=1)`.
+- musubi-tuner: first `python convert_lora.py --input pytorch_lora_weights.safetensors --output musubi.safetensors --target default`."""
 
 
 def image_grid(rows: Sequence[Sequence[Image.Image]], captions: Sequence[str], tile: int = 128) -> Image.Image:
@@ -254,6 +260,7 @@ def model_card(
         f"Trained with flow-align ({algorithm}) from `{base_model}`."
         + (f" These are the weights after update {exported}, the best ones." if exported is not None else ""),
         f"```python\n{loading_code}\n```",
+        *([_ELSEWHERE] if lora else []),
         f"## Result\n\n{table}",
         *(f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures),
         f"## Data and rewards\n\nTrained on {_escaped(data)}. Rewards: {_escaped(', '.join(rewards)) or 'none'}.",

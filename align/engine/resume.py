@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 import align
 from align.engine import checkpoints
 from align.engine.settings import FlowConfig, values_of
+from align.models.adapters import LORA_FILE
 from align.models.loading import INDEX
 from align.parallel.sharding import Sharding, sharded_otherwise
 from preference_data.digests import data_digest
@@ -22,7 +23,7 @@ from rewards import Reward
 logger = logging.getLogger(__name__)
 
 #: What a run leaves that ends with its weights exported: a LoRA or a full fine-tune, and its log.
-EXPORTED = ("pytorch_lora_weights.safetensors", "transformer", "trainer_state.json")
+EXPORTED = (LORA_FILE, "transformer", "trainer_state.json")
 #: Section of an identity: what decides what an update is made of.
 FIXED = "fixed_on_resume"
 #: In it: rows of all processes that an update sees. :func:`_check_rows` says what would make them the same.

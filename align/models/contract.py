@@ -130,8 +130,8 @@ class FlowModel(Protocol):
         """Freeze the base and attach a fresh adapter; return the targets left out because no gradient reaches them."""
         ...
 
-    def load_adapter(self, folder: str | Path) -> None:
-        """Load the adapter saved in ``folder``, to train it further."""
+    def load_adapter(self, path: str | Path) -> None:
+        """Load the adapter in a file, or in its folder, to train it further."""
         ...
 
     def unfreeze(self) -> list[str]:

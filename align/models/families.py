@@ -57,7 +57,7 @@ def outline(name: str | Path, lora: LoraConfig | None = None, adapter: str | Pat
     Args:
         name: as for :func:`load_model`; the folder's weights may be missing.
         lora: the fresh adapter to attach.
-        adapter: the folder of the adapter that will be trained; with neither the whole transformer is.
+        adapter: the file, or its folder, of the adapter that will be trained; with neither the whole transformer is.
     """
     folder = resolve_folder(name)
     model = family(folder).outline(folder, describe_transformer(str(name), folder))

@@ -122,12 +122,9 @@ def _digest_some(stored: BinaryIO, size: int, digest: Any) -> None:
         digest.update(stored.read(length))
 
 
-def digest_adapter(folder: str | Path) -> str:
-    """Return a digest of the weights in a LoRA's folder."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+def digest_file(file: Path) -> str:
+    """Return a digest of a file's content."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def digest_module(module: nn.Module, about: list[Any]) -> str:

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers.training_utils import _collate_lora_metadata, cast_training_params
+from diffusers.training_utils import cast_training_params
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
-from align.models.loading import EMBEDDED, digest_adapter, nearest
+from align.models.adapters import check_plain, find_adapter, from_tensors, read_adapter, write_adapter
+from align.models.loading import EMBEDDED, digest_file, nearest
 from align.parallel.memory import Counts
 
-#: Names of the adapters on the transformer; diffusers saves the metadata of the one called "default".
+#: Names of the adapters on the transformer.
 TRAINED, REFERENCE = "default", "reference"
 #: diffusers' own name of a transformer's files.
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
@@ -41,8 +42,10 @@ class TrainedTransformer:
         self.dtype = self.transformer.dtype
         self.adapter = False
         self._reference_copy: nn.Module | None = None
-        self._adapter_folder: Path | None = None
+        self._adapter_path: str | Path | None = None
         self._adapter_digest: str | None = None
+        linear = [(name, m) for name, m in self.transformer.named_modules() if isinstance(m, nn.Linear)]
+        self._linear = {name: (module.out_features, module.in_features) for name, module in linear}
         settings = {key: value for key, value in self.transformer.config.items() if key[0] != "_"}
         self._description = description or {"name": "a pipeline"} | settings
         for module in (self.transformer, *self.frozen_modules()):
@@ -109,9 +112,9 @@ class TrainedTransformer:
         return any(name == dead or name.startswith(dead + ".") for dead in self.dead_modules())
 
     def add_lora(self, config: LoraConfig) -> list[str]:
-        names = [name for name, module in self.transformer.named_modules() if isinstance(module, nn.Linear)]
+        check_plain(config.to_dict())
         config = copy.deepcopy(config)
-        matched = match_targets(config, names, self.lora_targets)
+        matched = match_targets(config, list(self._linear), self.lora_targets)
         dead = [n for n in matched if self._is_dead(n)]
         if len(dead) == len(matched):
             raise ValueError(
@@ -125,29 +128,35 @@ class TrainedTransformer:
         self.adapter = True
         return dead
 
-    def load_adapter(self, folder: str | Path) -> None:
-        """Load the LoRA in ``folder``, to train it further, at the strength that its metadata says."""
-        self._load_lora(folder, TRAINED)
+    def load_adapter(self, path: str | Path) -> None:
+        """Load the LoRA in ``path``, to train it further, at the strength that it says."""
+        self.expect_adapter(path)
+        self._load_lora(path, TRAINED)
         self.transformer.requires_grad_(False)
         for name, parameter in self.transformer.named_parameters():
             parameter.requires_grad_(f".{TRAINED}." in name and not self._is_dead(name))
-        self.expect_adapter(folder)
 
-    def _load_lora(self, folder: str | Path, adapter: str) -> None:
-        """Load the LoRA in ``folder`` in float32, as it is in the file, whatever the precision of the frozen weights."""
-        self.pipeline.load_lora_weights(folder, adapter_name=adapter)
+    def _load_lora(self, path: str | Path, adapter: str) -> None:
+        """Load the LoRA in ``path`` in float32, as it is in the file, whatever the precision of the frozen weights."""
+        lora = read_adapter(path, self._linear)
+        self.transformer.load_lora_adapter(
+            lora.state(), prefix=None, adapter_name=adapter, metadata=lora.settings(), low_cpu_mem_usage=True
+        )
         for name, parameter in self.transformer.named_parameters():
             if f".{adapter}." in name:
                 parameter.data = parameter.data.float()
         # Once more: what was loaded has been through the precision of the frozen weights.
-        stored = self.pipeline.lora_state_dict(folder)
-        weights = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
-        set_peft_model_state_dict(self.transformer, weights, adapter_name=adapter)
+        set_peft_model_state_dict(self.transformer, lora.state(), adapter_name=adapter)
 
-    def expect_adapter(self, folder: str | Path) -> None:
-        """Say that what is trained is the adapter in ``folder``; its weights may come later."""
-        self.adapter, self._adapter_folder = True, Path(folder)
-        self._adapter_digest = digest_adapter(folder)
+    def expect_adapter(self, path: str | Path) -> None:
+        """Say that what is trained is the adapter in ``path``; its weights may come later.
+
+        Raises:
+            FileNotFoundError, ValueError: see :func:`align.models.adapters.read_adapter`.
+        """
+        read_adapter(path, self._linear)
+        self.adapter, self._adapter_path = True, path
+        self._adapter_digest = digest_file(find_adapter(path))
 
     def unfreeze(self) -> list[str]:
         if self.adapter:
@@ -166,8 +175,8 @@ class TrainedTransformer:
     def keep_reference(self) -> None:
         if not self.adapter:
             self._reference_copy = copy.deepcopy(self.transformer).eval().requires_grad_(False)
-        elif self._adapter_folder is not None:  # the policy started from this adapter: so does the reference
-            self._load_lora(self._adapter_folder, REFERENCE)
+        elif self._adapter_path is not None:  # the policy started from this adapter: so does the reference
+            self._load_lora(self._adapter_path, REFERENCE)
             self._activate(TRAINED)
 
     def share_reference(self, share: Callable[[nn.Module], nn.Module]) -> None:
@@ -204,12 +213,8 @@ class TrainedTransformer:
 
     def save(self, folder: str | Path, state_dict: dict[str, Tensor]) -> None:
         if self.adapter:
-            # Without the metadata the loader falls back to alpha = rank, and the adapter comes back at another strength.
-            type(self.pipeline).save_lora_weights(
-                folder,
-                transformer_lora_layers=get_peft_model_state_dict(self.transformer, state_dict=state_dict),
-                **_collate_lora_metadata({"transformer": self.transformer}),
-            )
+            trained = get_peft_model_state_dict(self.transformer, state_dict=state_dict)
+            write_adapter(folder, from_tensors(trained, self.transformer.peft_config[TRAINED].to_dict(), self._linear))
         else:
             # Not by save_pretrained: it writes the module's own tensors, which are empty where ZeRO-3 shares them out.
             self.transformer.save_config(Path(folder) / "transformer")

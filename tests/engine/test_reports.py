@@ -17,6 +17,7 @@ from PIL import Image
 
 from align.engine import reports
 from align.grpo import GRPOConfig
+from align.models.adapters import LORA_FILE
 from align.models.families import outline
 
 RED, BLUE = (220, 30, 30), (30, 60, 220)
@@ -266,6 +267,15 @@ def test_the_loading_code_is_python_that_names_the_base_model(lora):
     loaded = {ast.unparse(call.func): ast.literal_eval(call.args[0]) for call in calls}
     assert loaded["QwenImagePipeline.from_pretrained"] == "Qwen/Qwen-Image"
     assert ("load_lora_weights" in code) == lora and ('subfolder="transformer"' in code) == (not lora)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_card_of_a_lora_says_how_each_tool_loads_it(lora):
+    """Half of a LoRA's users have no diffusers, and would guess at its strength."""
+    text = card(lora=lora)
+    for words in ("ComfyUI: put the file into `models/loras`", "pipe.load_lora(pipe.dit, ", "--target default"):
+        assert (words in text) == lora
+    assert text.count(LORA_FILE) == 2 * lora
 
 
 def test_the_card_contains_no_secret(monkeypatch):

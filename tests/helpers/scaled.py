@@ -13,8 +13,10 @@ import torch
 import yaml
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from launched import ROOT, finish, here, on_cpu, run, start
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from align.models.adapters import LORA_FILE
 from align.tiny import CHECKPOINT
 
 LAUNCHERS = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
@@ -69,6 +71,21 @@ def why_not() -> str | None:
     return None
 
 
+def unfolded(state: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
+    """A LoRA from a run's export as it is trained: B without the alpha that the export has put into it."""
+    with safe_open(folder / LORA_FILE, "pt") as stored:
+        alpha = json.loads(stored.metadata()["flow_align_lora"])["lora_alpha"]
+    return {name: value / (alpha / value.shape[1]) if "lora_B" in name else value for name, value in state.items()}
+
+
+def loaded_by_stock(folder: Path) -> dict[str, torch.Tensor]:
+    """What was trained, in a stock pipeline that has loaded a run's LoRA, by the names it is trained by."""
+    pipeline = QwenImagePipeline.from_pretrained(CHECKPOINT)
+    pipeline.load_lora_weights(folder, adapter_name="default")
+    named = pipeline.transformer.named_parameters()
+    return unfolded({name: p.detach() for name, p in named if ".default." in name}, folder)
+
+
 @dataclass
 class Run:
     """A finished run, by its output_dir."""
@@ -84,7 +101,7 @@ class Run:
 
     @cached_property
     def lora(self) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / "pytorch_lora_weights.safetensors")
+        return unfolded(load_file(self.folder / LORA_FILE), self.folder)
 
     @cached_property
     def exported(self) -> dict[str, torch.Tensor]:
@@ -103,9 +120,7 @@ class Run:
         """What was trained, in a stock pipeline that has loaded this run's export, by the names it is trained by."""
         if (self.folder / "transformer").is_dir():
             return self.exported
-        pipeline = QwenImagePipeline.from_pretrained(CHECKPOINT)
-        pipeline.load_lora_weights(self.folder, adapter_name="default")
-        return {name: p.detach() for name, p in pipeline.transformer.named_parameters() if ".default." in name}
+        return loaded_by_stock(self.folder)
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

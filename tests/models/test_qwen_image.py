@@ -207,11 +207,11 @@ def test_saved_lora_loads_in_stock_diffusers_with_its_strength(tiny, tmp_path):
     tiny.save(tmp_path, trained_state(tiny))
     stock = QwenImagePipeline.from_pretrained(CHECKPOINT, dtype=torch.float32)
     stock.load_lora_weights(tmp_path)
-    assert torch.equal(some_velocity(QwenImage(stock), PROMPTS), some_velocity(tiny, PROMPTS))
+    torch.testing.assert_close(some_velocity(QwenImage(stock), PROMPTS), some_velocity(tiny, PROMPTS))
 
 
 def test_training_goes_on_from_a_saved_adapter_and_refers_to_it(tiny, tmp_path):
-    tiny.add_lora(LoraConfig(r=4, lora_alpha=12))
+    tiny.add_lora(LoraConfig(r=4, lora_alpha=8))
     perturb(tiny)
     tiny.save(tmp_path, trained_state(tiny))
     started = some_velocity(tiny, PROMPTS)
@@ -231,7 +231,7 @@ def test_training_goes_on_from_a_saved_adapter_and_refers_to_it(tiny, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_policy_and_reference_start_from_the_file_itself_in_any_precision(tiny, tmp_path, dtype):
     """In bfloat16 the first loss of online DPO was 0.466 where the two are the same and it is log 2."""
-    tiny.add_lora(LoraConfig(r=4, lora_alpha=12))
+    tiny.add_lora(LoraConfig(r=4, lora_alpha=8))
     perturb(tiny)
     saved = trained_state(tiny)
     tiny.save(tmp_path, saved)
@@ -246,7 +246,7 @@ def test_policy_and_reference_start_from_the_file_itself_in_any_precision(tiny, 
 
 def test_nothing_is_dropped_from_a_sample_or_from_the_reference(tiny, tmp_path):
     """An adapter that was saved with dropout comes back with it, and training leaves the model in its mode."""
-    tiny.add_lora(LoraConfig(r=4, lora_alpha=12, lora_dropout=0.5))
+    tiny.add_lora(LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5))
     perturb(tiny)
     tiny.save(tmp_path, trained_state(tiny))
     tiny.transformer.eval()
