@@ -46,7 +46,7 @@ def test_ranked_lists(folder, capsys):
         "trained on: 2 (4 images)",
         "captions from a column: 2",
         "trained at (width x height) 1184x880: 2",
-        "2.6% of the pixels are cropped away",
+        "0.9% of the pixels are cropped away",
     ]
     assert "4 images are enlarged, the smallest 146.7 times" in lines and lines[-14:-13] == [
         "margin of 2 pairs: 0.5 to 2, median 1.25",
