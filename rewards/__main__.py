@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from rewards.calling import score
-from rewards.contract import RewardError
+from rewards.contract import STEP, RewardError
 from rewards.registry import load_rewards, read_rewards
 from rewards.table import BUILTINS, Builtin
 
@@ -124,7 +124,8 @@ def _print_scores(args: argparse.Namespace) -> None:
     rewards = load_rewards(specs)
     try:
         for reward in rewards:
-            reward.check_columns(columns)
+            reward.check_columns({*columns, STEP})
+        columns = {STEP: [0] * len(files)} | columns
         table, failures = score(rewards, [_read_image(file) for file in files], prompts, columns)
     finally:
         for reward in rewards:

@@ -8,12 +8,25 @@ from collections.abc import Coroutine, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from rewards.contract import Reward, RewardError, RewardFailed, RunsElsewhere, describe
 from rewards.threads import REWARDS_LOOP, in_thread
+
+
+class Scores(NamedTuple):
+    """Result of :func:`score_all`.
+
+    scores: one list of N floats per reward, NaN for an image that was not scored (None, NaN or infinite). failures: what
+    each failing reward raised, by its name; its scores are all NaN. extras: further numbers that a reward returned, by
+    ``NAME/EXTRA``.
+    """
+
+    scores: list[list[float]]
+    failures: dict[str, str]
+    extras: dict[str, list[float]]
 
 
 def score(
@@ -22,6 +35,16 @@ def score(
     prompts: list[str],
     columns: Mapping[str, list[Any]],
 ) -> tuple[list[list[float]], dict[str, str]]:
+    """Score images with every reward; return scores and failures as :func:`score_all` does."""
+    return score_all(rewards, images, prompts, columns)[:2]
+
+
+def score_all(
+    rewards: Sequence[Reward],
+    images: list[Image.Image],
+    prompts: list[str],
+    columns: Mapping[str, list[Any]],
+) -> Scores:
     """Score images with every reward.
 
     Plain rewards are called one after the other: in this thread, or in other threads if an async reward is among them.
@@ -31,31 +54,33 @@ def score(
     Args:
         images, prompts: N of each. columns: the other data columns, N values each.
 
-    Returns:
-        scores: one list of N floats per reward, NaN for an image that was not scored (None, NaN or infinite).
-        failures: what each failing reward raised, by its name; its scores are all NaN.
-
     Raises:
-        RewardError: a reward returned the wrong number of scores, or a score that is not a number.
+        RewardError: a reward returned the wrong number of scores, or a score or an extra that is not a number.
     """
     results = _run_coroutine(_call_all(rewards, images, prompts, columns))
-    scores, failures = [], {}
+    found = Scores([], {}, {})
     for reward, result in zip(rewards, results, strict=True):
         if isinstance(result, Exception):
-            failures[reward.name] = describe(result)
-            scores.append([math.nan] * len(images))
-        else:
-            scores.append(_check_scores(reward, result, len(images)))
-    return scores, failures
+            found.failures[reward.name] = describe(result)
+            found.scores.append([math.nan] * len(images))
+            continue
+        if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
+            result, extras = result
+            for name, value in extras.items():
+                found.extras[f"{reward.name}/{name}"] = _check_extra(reward, name, value)
+        found.scores.append(_check_scores(reward, result, len(images)))
+    return found
 
 
 def score_one(
     reward: Reward, images: list[Image.Image], prompts: list[str], columns: Mapping[str, list[Any]]
 ) -> list[float]:
-    """Score images with one reward, as :func:`score` does, but raise what the reward raises."""
+    """Score images with one reward, as :func:`score` does, but raise what the reward raises; extras are left out."""
     (result,) = _run_coroutine(_call_all([reward], images, prompts, columns))
     if isinstance(result, Exception):
         raise result
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
+        result = result[0]
     return _check_scores(reward, result, len(images))
 
 
@@ -125,6 +150,19 @@ def _check_scores(reward: Reward, result: Any, expected: int) -> list[float]:
     if len(result) != expected:
         raise RewardError(f"reward {reward.name!r} returned {len(result)} scores for {expected} images")
     return [_to_float(reward, row, value) for row, value in enumerate(result)]
+
+
+def _check_extra(reward: Reward, name: Any, value: Any) -> list[float]:
+    """Return an extra as numbers: one, or as many as the reward likes."""
+    several = (
+        hasattr(value, "__iter__") and getattr(value, "ndim", 1) > 0 and not isinstance(value, (str, bytes, Mapping))
+    )
+    try:
+        return [_to_float(reward, row, item) for row, item in enumerate(value if several else [value])]
+    except RewardError:
+        raise RewardError(
+            f"reward {reward.name!r} returned an extra {name!r} that is {type(value).__name__}, not a number or a list of them"
+        ) from None
 
 
 def _to_float(reward: Reward, row: int, value: Any) -> float:

@@ -14,6 +14,8 @@ from rewards.weights import CategoryWeights, Weight, shown
 
 #: The arguments that every reward takes; it asks for data columns by name.
 GIVEN = ("images", "prompts")
+#: A column that the run gives beside the data's, unless the data has it: how many updates were done, for each image.
+STEP = "step"
 #: Seconds after which a call of a reward that runs elsewhere is given up, all its tries together. Other processes of a
 #: run wait for the scores, in torch's collectives for at most 1800 s (`ddp_timeout`).
 CALL_SECONDS = 1500.0

@@ -40,11 +40,13 @@ def image_grid(rows: Sequence[Sequence[Image.Image]], captions: Sequence[str], t
     return canvas
 
 
-def save_grid(images: Sequence[tuple[str, Sequence[Image.Image]]], folder: Path, step: int) -> None:
-    """Write ``samples/step-N.png`` of a run folder, from (prompt, its images)."""
+def save_grid(images: Sequence[tuple[str, Sequence[Image.Image]]], folder: Path, step: int) -> Path:
+    """Write ``samples/step-N.png`` of a run folder, from (prompt, its images), and return the file."""
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     grid = image_grid([row for _, row in images], [prompt for prompt, _ in images])
-    grid.save(folder / "samples" / f"step-{step:06d}.png")
+    file = folder / "samples" / f"step-{step:06d}.png"
+    grid.save(file)
+    return file
 
 
 def save_scores(rows: Sequence[dict[str, Any]], folder: Path, step: int) -> None:

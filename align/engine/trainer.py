@@ -14,7 +14,7 @@ from peft import PeftConfig
 from torch import Tensor
 from transformers import TrainerCallback, set_seed
 
-from align.engine import checkpoints, reports
+from align.engine import checkpoints, reports, trackers
 from align.engine.checks import check_memory
 from align.engine.metrics import RunMetrics
 from align.engine.resume import ResumePlan, clear_earlier_run, describe_inputs, is_within, plan_resume, run_identity
@@ -152,7 +152,8 @@ class FlowTrainer(CheckpointingTrainer):
         if self.ema:
             self.ema.resumed_from = plan.folder
         try:
-            with self.metrics.models.attached(self.flow.timed_modules()):
+            named = trackers.named_run(self.args, resumed=plan.folder is not None)
+            with named, self.metrics.models.attached(self.flow.timed_modules()):
                 return super().train(resume_from_checkpoint=plan.folder and str(plan.folder), **kwargs)
         except NotFinite as error:  # what is in memory is not worth a checkpoint
             good = checkpoints.last_good(Path(str(self.args.output_dir)))
@@ -235,6 +236,7 @@ class FlowTrainer(CheckpointingTrainer):
         args = self.args
         metrics: dict[str, float] = {}
         rows: list[dict[str, Any]] = []
+        grid: Path | None = None
         named = {} if prompts is None else {prefix: prompts}
         named |= {f"{prefix}_{name}": data for name, data in self.guard_datasets.items()}
         for name, dataset in named.items():
@@ -252,13 +254,16 @@ class FlowTrainer(CheckpointingTrainer):
                 process=(args.process_index, args.world_size),
                 keep_images_of=args.num_grid_prompts if name == prefix else 0,
                 max_failed_fraction=args.max_failed_fraction,
+                step=self.state.global_step,
             )
             metrics |= result.metrics
             rows += result.rows
             if result.images and args.should_save:
-                reports.save_grid(result.images, Path(args.output_dir), self.state.global_step)
+                grid = reports.save_grid(result.images, Path(args.output_dir), self.state.global_step)
         if rows and args.should_save:
             reports.save_scores(rows, Path(args.output_dir), self.state.global_step)
+        if args.should_save:
+            trackers.show_samples(self.callback_handler.callbacks, self.state.global_step, grid, rows)
         return metrics
 
     def held_out_metrics(self, eval_dataset: Any, prefix: str) -> dict[str, float]:

@@ -204,10 +204,12 @@ class OnlineTrainer(FlowTrainer):
                 args.plan(rollout_index),
                 transformer=self.model_wrapped,
                 show_progress=self.is_world_process_zero() and not args.disable_tqdm,
+                step=self.state.global_step,
             )
         with self.metrics.timed("reward"):  # what is not hidden behind the sampling
             table = samples.agreed_scores(args.max_failed_fraction)
         self.metrics.record(seconds_scoring=samples.scorer.seconds)
+        self.metrics.record(**{f"rewards/{name}": values for name, values in samples.scorer.extras.items()})
         rewards = _gathered(torch.tensor(table, dtype=torch.float64).T)
         weights = _gathered(weights_of(self.rewards, rows))
         self.metrics.forward_equivalents += samples.rollout.forwards

@@ -19,6 +19,7 @@ from align.sampling.scored import sample_and_score
 from align.sampling.scorer import weights_of
 from preference_data.prompts import check_prompts
 from rewards import Reward
+from rewards.contract import STEP
 
 
 @dataclass
@@ -38,7 +39,7 @@ def check_columns(rewards: Sequence[Reward], datasets: Sequence[Dataset]) -> Non
     for dataset in datasets:
         check_prompts(dataset)
         for reward in rewards:
-            reward.check_columns(dataset.column_names)
+            reward.check_columns({*dataset.column_names, STEP})
             reward.check_weights(dataset)
             reward.check_row(dataset[0])
 
@@ -56,6 +57,7 @@ def evaluate_prompts(
     process: tuple[int, int] = (0, 1),
     keep_images_of: int = 0,
     max_failed_fraction: float = 0.0,
+    step: int = 0,
 ) -> Evaluation:
     """Sample ``samples`` images for every prompt of ``dataset`` without noise injection and score them.
 
@@ -73,7 +75,7 @@ def evaluate_prompts(
     rows = [dataset[i] for i in taken for _ in range(samples)]
     keys = [ImageKey(seed, "eval", i, sample) for i in taken for sample in range(samples)]
     deterministic = replace(plan, sde_steps=(), noise_level=0.0)
-    scored = sample_and_score(model, rewards, rows, keys, deterministic, transformer=transformer)
+    scored = sample_and_score(model, rewards, rows, keys, deterministic, transformer=transformer, step=step)
     scores = scored.agreed_scores(max_failed_fraction)
     drawn = scored.rollout
     kept = [(i, row_images(drawn.images, n, samples)) for n, i in enumerate(taken[:valid]) if i < keep_images_of]

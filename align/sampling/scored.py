@@ -49,16 +49,17 @@ def sample_and_score(
     transformer: nn.Module | None = None,
     show_progress: bool = False,
     after: BackgroundScorer | None = None,
+    step: int = 0,
 ) -> ScoredSamples:
     """Sample one image for each data row and key; each chunk is scored while the next one is sampled.
 
     Args:
         rows, keys: N of each; a row repeats to make a group.
         transformer, show_progress: see :func:`align.sampling.rollout.rollout`.
-        after: see :class:`~align.sampling.scorer.BackgroundScorer`.
+        after, step: see :class:`~align.sampling.scorer.BackgroundScorer`.
     """
     with ExitStack() as stack:
-        scorer = stack.enter_context(BackgroundScorer(rewards, rows, model.device, after))
+        scorer = stack.enter_context(BackgroundScorer(rewards, rows, model.device, after, step))
         drawn = rollout(
             model,
             requests_of(rows),

@@ -15,7 +15,9 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from align.models.contract import NotFinite
-from rewards import Reward, RewardError, score
+from rewards import Reward, RewardError
+from rewards.calling import score_all
+from rewards.contract import STEP
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,7 @@ class BackgroundScorer:
         rows: the data row of every image.
         device: made the thread's current one, as CUDA's is each thread's own.
         after: a scorer whose images come first: this one calls no reward before that one has ended.
+        step: how many updates were done, which rewards may ask for as the column ``step``.
     """
 
     def __init__(
@@ -88,8 +91,11 @@ class BackgroundScorer:
         rows: Sequence[dict[str, Any]],
         device: torch.device | None = None,
         after: "BackgroundScorer | None" = None,
+        step: int = 0,
     ) -> None:
-        self.rewards, self.rows = rewards, rows
+        self.rewards, self.rows, self.step = rewards, rows, step
+        #: What rewards returned beside their scores, by ``NAME/EXTRA``.
+        self.extras: dict[str, list[float]] = {}
         #: Seconds that rewards took, hidden behind the sampling or not.
         self.seconds = 0.0
         #: Whether all images have pixels that are numbers; set when they are sampled.
@@ -138,9 +144,12 @@ class BackgroundScorer:
         started = time.perf_counter()
         if self._device is not None:
             torch.cuda.set_device(self._device)
-        scored = score(self.rewards, images, [row["prompt"] for row in rows], columns_of(rows))
+        columns = {STEP: [self.step] * len(rows)} | columns_of(rows)
+        found = score_all(self.rewards, images, [row["prompt"] for row in rows], columns)
         self.seconds += time.perf_counter() - started
-        return scored
+        for name, values in found.extras.items():
+            self.extras.setdefault(name, []).extend(values)
+        return found.scores, found.failures
 
     def local_scores(self) -> tuple[list[list[float]], list[Failure]]:
         """Wait for this process's scores, one list for each reward, NaN where there is none; and for what failed.

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from rewards import RewardError, RewardUnavailable, load_rewards, score
-from rewards.calling import score_one
+from rewards.calling import score_all, score_one
 from rewards.remote.timed import Timed
 from rewards.threads import in_thread
 
@@ -406,3 +406,34 @@ def test_scoring_works_inside_a_running_event_loop(asynchronous):
         return scores_of(answer if asynchronous else returning([1.0, 1.0, 1.0]))
 
     assert asyncio.run(cell()) == ([[1.0] * 3], {})
+
+
+# --- What a reward returns beside its scores ---
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_further_numbers_come_back_by_name(asynchronous):
+    def plain(images, prompts):
+        return [1.0] * len(images), {"length": [len(prompt) for prompt in prompts], "calls": 7, "unknown": [None, 2.0]}
+
+    async def later(images, prompts):
+        return plain(images, prompts)
+
+    found = score_all(load_rewards([later if asynchronous else plain]), IMAGES, PROMPTS, {})
+    name = "later" if asynchronous else "plain"
+    assert found.scores == [[1.0] * len(IMAGES)] and not found.failures
+    assert found.extras[f"{name}/length"] == [len(prompt) for prompt in PROMPTS]
+    assert found.extras[f"{name}/calls"] == [7.0] and math.isnan(found.extras[f"{name}/unknown"][0])
+    assert score_one(*load_rewards([plain]), IMAGES, PROMPTS, {}) == [1.0] * len(IMAGES)
+
+
+@pytest.mark.parametrize("extra", ["text", b"x", {"a": 1}, ["x"], object(), 1j])
+def test_an_extra_that_is_no_number_is_refused_by_its_name(extra):
+    with pytest.raises(
+        RewardError, match=r"'returning' returned an extra 'odd' that is \w+, not a number or a list of them"
+    ):
+        scores_of(returning(([0.0] * len(IMAGES), {"odd": extra})))
+
+
+def test_two_scores_in_a_tuple_are_two_scores():
+    assert scores_of(returning((0.25, 0.5)), images=IMAGES[:2], prompts=PROMPTS[:2])[0] == [[0.25, 0.5]]
