@@ -493,3 +493,38 @@ def test_transformers_loads_its_models_whole_under_zero3(settings):
     assert is_deepspeed_zero3_enabled()
     settings(SFTConfig, 0)
     assert not is_deepspeed_zero3_enabled()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["ddp", "zero2", "zero3"])
+def test_what_is_no_number_ends_every_process_and_the_best_checkpoint_is_exported(folder, launcher):
+    """A run of NaN exported itself with exit code 0; the best checkpoint was a traceback after the last update."""
+    too_fast = ("--optim", "adamw_torch", "--learning_rate", "1e30", "--max_grad_norm", "0")
+    best = (
+        "--load_best_model_at_end",
+        "true",
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "1",
+        "--save_total_limit",
+        "1",
+    )
+    runs = [
+        scaled.words(folder, "sft", launcher, f"nan-{launcher}", 2, too_fast),
+        scaled.words(folder, "grpo", launcher, f"best-{launcher}", 2, best),
+        scaled.words(folder, "grpo", launcher, f"best-full-{launcher}", 2, (*best, *scaled.FULL)),
+    ]
+    wrong = scaled.chain(folder, launcher, runs, 2)
+    assert list(wrong) == [f"nan-{launcher}"]
+    assert "the loss or the weights are NaN or infinite: the last good checkpoint is" in wrong[f"nan-{launcher}"]
+    assert checkpoints.last_good(folder / f"nan-{launcher}") is not None
+    assert not (folder / f"nan-{launcher}" / "pytorch_lora_weights.safetensors").exists()
+    for name in (f"best-{launcher}", f"best-full-{launcher}"):
+        run = scaled.Run(folder / name)
+        state = json.loads((run.folder / "trainer_state.json").read_text())
+        exported = run.loaded_by_stock()
+        kept = run.trained(state["best_global_step"])
+        assert scaled.largest_difference({key: exported[key] for key in kept}, kept) == 0
+        rewards = [entry["eval_reward"] for entry in state["log_history"] if "eval_reward" in entry]
+        assert state["best_metric"] == max(rewards)
