@@ -29,6 +29,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rewards.redaction import redacted
 from rewards.registry import read_rewards
 from rewards.remote import wire
 
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         specs, token = _specs(args), _token(args.token_file)
         listening = _open_socket(args.host, args.port)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {redacted(str(error))}") from None
     limits = wire.Limits(int(args.max_body_mb * 2**20), args.max_images, args.max_pixels)
     service = Service(
         specs,
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         logger.info("interrupted")
     if service.error:
-        raise SystemExit(f"error: {service.error}")
+        raise SystemExit(f"error: {redacted(service.error)}")
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:

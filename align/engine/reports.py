@@ -12,6 +12,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from rewards.redaction import redacted
+
 _CAPTION, _GAP = 16, 4
 
 
@@ -184,7 +186,7 @@ def changes_table(
 
 
 def changed_settings(*settings: Any) -> dict[str, Any]:
-    """Return the fields of these dataclasses that differ from their defaults, secrets left out."""
+    """Return the fields of these dataclasses that differ from their defaults, without tokens."""
     changed = {}
     for group in settings:
         for spec in fields(group):
@@ -248,6 +250,6 @@ def model_card(
         f"## Result\n\n{table}",
         *(f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures),
         f"## Data and rewards\n\nTrained on {data}. Rewards: {', '.join(rewards) or 'none'}.",
-        f"## Settings that differ from the defaults\n\n```json\n{json.dumps(settings, indent=2, default=str)}\n```",
+        f"## Settings that differ from the defaults\n\n```json\n{json.dumps(redacted(settings), indent=2, default=str)}\n```",
     ]
-    return "\n\n".join(sections) + "\n"
+    return redacted("\n\n".join(sections)) + "\n"

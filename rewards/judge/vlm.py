@@ -13,6 +13,7 @@ from PIL import Image
 
 from rewards.judge.templates import Template, load_template
 from rewards.pictures import at_most, to_rgb
+from rewards.redaction import redacted
 from rewards.remote.headers import retry_after
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class VlmJudge:
     def _check(base_url: str, timeout: float, *counts: int) -> None:
         parsed = urlsplit(base_url)
         if parsed.scheme not in ("http", "https") or not parsed.hostname:
-            raise ValueError(f"vlm_judge: base_url must be http(s)://host/v1, found {base_url!r}")
+            raise ValueError(f"vlm_judge: base_url must be http(s)://host/v1, found {redacted(base_url)!r}")
         if parsed.username is not None or parsed.password is not None:
             raise ValueError(
                 "vlm_judge: base_url contains a user name or password, which logs would show: use api_key_env"

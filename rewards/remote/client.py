@@ -22,6 +22,7 @@ from PIL import Image
 
 from rewards.contract import CALL_SECONDS, RewardError, RewardFailed, RewardUnavailable, RunsElsewhere
 from rewards.hints import nearest
+from rewards.redaction import redacted
 from rewards.remote import wire
 from rewards.remote.headers import retry_after
 from rewards.threads import in_thread
@@ -270,11 +271,12 @@ def _checked_endpoints(use: str, given: Any) -> list[str]:
         given = [given]
     endpoints = list(given) if isinstance(given, Iterable) else []
     if not endpoints:
-        raise ValueError(f"the endpoints of reward {use!r} must be a URL or a list of URLs, found {given!r}")
+        raise ValueError(f"the endpoints of reward {use!r} must be a URL or a list of URLs, found {redacted(given)!r}")
     for endpoint in endpoints:
         url = urlsplit(endpoint) if isinstance(endpoint, str) else None
         if url is None or url.scheme not in ("http", "https") or not url.hostname or url.query:
-            raise ValueError(f"the endpoint {endpoint!r} of reward {use!r} is not a URL such as http://127.0.0.1:8000")
+            shown = redacted(endpoint)
+            raise ValueError(f"the endpoint {shown!r} of reward {use!r} is not a URL such as http://127.0.0.1:8000")
         if url.username or url.password:
             raise ValueError(
                 f"an endpoint of reward {use!r} ({url.hostname}) contains a user or password, which logs would show: "

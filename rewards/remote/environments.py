@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.hints import nearest
+from rewards.redaction import redacted
 
 _KEYS = ("python", "requirements", "variables")
 #: A file that is written last: an environment without it was interrupted and is made again.
@@ -29,7 +30,7 @@ def check_environment(name: str, environment: Any) -> None:
     if not isinstance(environment, Mapping):
         raise ValueError(
             f"the environment of reward {name!r} must be {{python: PATH}} or {{requirements: FILE or list}}, "
-            f"found {environment!r}"
+            f"found {type(environment).__name__}"
         )
     for key in environment:
         if key not in _KEYS:
@@ -40,7 +41,9 @@ def check_environment(name: str, environment: Any) -> None:
         raise ValueError(f"the environment of reward {name!r} needs `python` or `requirements`")
     variables = environment.get("variables", {})
     if not isinstance(variables, Mapping) or not all(isinstance(key, str) for key in variables):
-        raise ValueError(f"the `variables` of reward {name!r} must map names to values, found {variables!r}")
+        raise ValueError(
+            f"the `variables` of reward {name!r} must map names to values, found {type(variables).__name__}"
+        )
     _base_python(name, environment)
     if "requirements" in environment:
         _requirements(name, environment["requirements"])
@@ -88,7 +91,7 @@ def cache_folder() -> Path:
 def _base_python(name: str, environment: Mapping[str, Any]) -> str:
     given = environment.get("python", sys.executable)
     if not isinstance(given, (str, os.PathLike)):
-        raise ValueError(f"the `python` of reward {name!r} must be a path, found {given!r}")
+        raise ValueError(f"the `python` of reward {name!r} must be a path, found {redacted(given)!r}")
     path = Path(given).expanduser()
     if path.is_dir():
         path = path / "bin" / "python"
@@ -116,7 +119,9 @@ def _requirements(name: str, given: Any) -> tuple[str, str | None]:
                 + nearest(path.name, siblings)
             )
         return path.read_text(), str(path.absolute())
-    raise ValueError(f"the `requirements` of reward {name!r} must be a file or a list of lines, found {given!r}")
+    raise ValueError(
+        f"the `requirements` of reward {name!r} must be a file or a list of lines, found {redacted(given)!r}"
+    )
 
 
 @contextmanager
