@@ -8,8 +8,9 @@
 | ``GET /metrics`` | for Prometheus |
 
 The header ``X-Reward-Digest`` of an answer, also given by ``/rewards``, is the same for the same ``use`` and ``args``:
-the client refuses to mix scores with different digests. JSON may have up to 64 MiB, frames up to ``--max_body_mb``, and
-the images of a request as much in memory, where an RGB image takes four bytes a pixel.
+the client refuses to mix scores with different digests. A frame may have up to ``--max_body_mb``, and so may its images
+in memory (an RGB image takes four bytes a pixel and eight a row), and so may JSON once it is read (its bytes and 100 for
+each value, four times the bytes if it is not plain ASCII), of which no more than 64 MiB are read. A body may take 600 s.
 
 Errors: 400 neither a frame nor JSON, 401 wrong token, 404 no such reward, 408 the body does not arrive, 413 too many
 bytes, 422 content that cannot be scored, 500 the reward raised (with its message), 503 too many requests are waiting or
@@ -36,6 +37,7 @@ from rewards.remote import wire
 try:
     import uvicorn
 
+    from rewards.remote.connections import Connection, Listening, Seldom, accepted_at_once
     from rewards.remote.service import Service
 except ImportError as error:
     raise SystemExit(f'error: {error}. The service needs: pip install "flow-align[serve]"') from None
@@ -47,6 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C; requests in progress are answered first."""
     args = _arguments(argv)
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(Seldom())
     try:
         specs, token = _specs(args), _token(args.token_file)
         listening = _open_socket(args.host, args.port)
@@ -62,7 +66,15 @@ def main(argv: list[str] | None = None) -> None:
         max_wait=args.max_wait_ms / 1000,
     )
     config = uvicorn.Config(
-        service.app, log_level=args.log_level, access_log=False, timeout_graceful_shutdown=args.grace, lifespan="on"
+        service.app,
+        http=Connection,
+        ws="none",
+        backlog=accepted_at_once(),
+        lifespan="on",
+        log_config=None,  # to the handlers above, with their filter
+        log_level=args.log_level,
+        access_log=False,
+        timeout_graceful_shutdown=args.grace,
     )
     server = uvicorn.Server(config)
     service.stop = lambda: setattr(server, "should_exit", True)
@@ -153,7 +165,7 @@ def _token(file: Path | None) -> str | None:
 
 def _open_socket(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family)
+    listening = Listening(family)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
