@@ -149,7 +149,9 @@ def _specs(args: argparse.Namespace) -> list[Any]:
         specs = [{"use": spec} if isinstance(spec, str) else spec for spec in specs]
         this_python = {"python": sys.executable}
         specs = [
-            {"environment": this_python, **spec} if isinstance(spec, Mapping) and "endpoints" not in spec else spec
+            {**spec, "environment": this_python | dict(spec.get("environment") or {})}
+            if isinstance(spec, Mapping) and "endpoints" not in spec
+            else spec
             for spec in specs
         ]
     return specs
