@@ -134,7 +134,7 @@ def _default_name(use: str) -> str:
 
 def _run_by_package(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Return an entry with ``backend: package`` as the entry that runs the package in its own environment."""
-    from rewards.learned.packages import package_spec
+    from rewards.learned.packages import package_checkpoint, package_spec
 
     environment = spec.get("environment") or {}
     if not isinstance(environment, Mapping):
@@ -142,7 +142,8 @@ def _run_by_package(spec: Mapping[str, Any]) -> dict[str, Any]:
             f"the environment of reward {spec['use']!r} must be a mapping, found {type(environment).__name__}"
         )
     by_package = package_spec(spec["use"], spec["args"])
-    return {**spec, **by_package, "environment": by_package["environment"] | dict(environment)}
+    args = by_package["args"] | {"checkpoint": str(package_checkpoint(spec["use"], spec["args"]))}
+    return {**spec, **by_package, "args": args, "environment": by_package["environment"] | dict(environment)}
 
 
 def _make(use: str, args: Mapping[str, Any] | None) -> Any:

@@ -82,6 +82,8 @@ class VlmJudge:
         key = os.environ.get(api_key_env)
         if not key and api_key_env != _KEY:
             raise ValueError(f"vlm_judge: the environment variable {api_key_env} (api_key_env) is not set")
+        if key and not key.strip():
+            raise ValueError(f"vlm_judge: the key in {api_key_env} is blank: give it a value, or leave it out")
         key = (key or "").strip()
         if not (key.isascii() and key.isprintable()):  # otherwise the HTTP library's error would show the whole header
             raise ValueError(f"vlm_judge: {api_key_env} contains characters other than printable ASCII ones")

@@ -66,9 +66,9 @@ def environment_python(name: str, environment: Mapping[str, Any]) -> str:
     variables = variables_for_pip(environment.get("variables") or {})
     version = _python_version(name, base, variables)
     digest = hashlib.sha256("\0".join([text, option or "", base, version]).encode()).hexdigest()[:16]
-    folder = _private_cache_folder() / digest
+    folder = private_cache_folder() / digest
     python = folder / "bin" / "python"
-    with _lock(folder.with_suffix(".lock")):  # of several processes only one makes it
+    with locked(folder.with_suffix(".lock")):  # of several processes only one makes it
         if not (folder / _DONE).exists():
             shutil.rmtree(folder, ignore_errors=True)
             _build(name, base, folder, text, option, variables)
@@ -93,7 +93,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flow-align" / "environments"
 
 
-def _private_cache_folder() -> Path:
+def private_cache_folder() -> Path:
     """Return the folder of all environments, made if necessary.
 
     Raises:
@@ -150,7 +150,8 @@ def _requirements(name: str, given: Any) -> tuple[str, str | None]:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Enter a context that one process of the machine is in at a time; ``path``: the lock, made if necessary."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:  # for instance a link, to a file that is not ours to open

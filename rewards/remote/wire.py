@@ -296,12 +296,16 @@ def _pixel_bytes(mode: str, size: tuple[int, int]) -> int:
 
 
 def checked_token(text: str | None, source: str) -> str | None:
-    """Return a service's token without white space around it, or None.
+    """Return a service's token without white space around it; None stays None.
 
     Raises:
-        ValueError: a header cannot hold it. The message does not show the token.
+        ValueError: it is blank, or a header cannot hold it. The message does not show the token.
     """
-    token = (text or "").strip()
+    if text is None:
+        return None
+    token = text.strip()
+    if not token:  # an empty variable of a script would open the service to all
+        raise ValueError(f"the token in {source} is blank, which is no token: give it a value, or leave it out")
     if not (token.isascii() and token.isprintable()):  # otherwise the HTTP library's error would show the whole header
         raise ValueError(f"the token in {source} contains characters other than printable ASCII ones")
-    return token or None
+    return token

@@ -356,6 +356,13 @@ def test_wrong_arguments_are_refused(args, error, found):
         load_rewards([{"use": "vlm_judge", "args": {"model": "m", "base_url": "http://localhost/v1"} | args}])
 
 
+@pytest.mark.parametrize("name", ["OPENAI_API_KEY", "MY_KEY"])
+def test_a_blank_key_is_refused_and_not_left_out(monkeypatch, name):
+    monkeypatch.setenv(name, " ")
+    with pytest.raises(ValueError, match=f"the key in {name} is blank"):
+        VlmJudge("m", "http://localhost/v1", api_key_env=name)
+
+
 def test_a_broken_key_is_refused_without_being_shown(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\nsecond line")
     with pytest.raises(ValueError, match="OPENAI_API_KEY contains characters other than printable ASCII") as caught:

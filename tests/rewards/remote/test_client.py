@@ -278,6 +278,13 @@ def test_a_token_that_no_header_can_hold_is_refused_and_not_shown(service, monke
     assert "1234" not in str(caught.value)
 
 
+@pytest.mark.parametrize("blank", ["", " ", "\n"])
+def test_a_blank_token_is_refused_and_not_taken_for_none(service, monkeypatch, blank):
+    monkeypatch.setenv("FLOW_ALIGN_TOKEN", blank)
+    with pytest.raises(ValueError, match="the token in FLOW_ALIGN_TOKEN is blank, which is no token"):
+        remote(service.url)
+
+
 def test_a_request_that_http_cannot_carry_is_not_tried_again_and_not_shown(service):
     there = remote(service.url, retries=50)
     there.function._http.headers["Authorization"] = "Bearer kept-secret\n"

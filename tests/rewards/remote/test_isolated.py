@@ -468,14 +468,14 @@ def test_pip_inherits_no_secret(offline, monkeypatch, tmp_path):
 
 def test_environments_are_kept_where_nobody_else_can_write(offline, tmp_path):
     folder = tmp_path / "cache" / "flow-align" / "environments"
-    environments._private_cache_folder()
+    environments.private_cache_folder()
     assert folder.stat().st_mode & 0o777 == folder.parent.stat().st_mode & 0o777 == 0o700
     for path, mode in ((folder, 0o777), (folder, 0o770), (folder.parent, 0o777)):
         path.chmod(mode)
         with pytest.raises(ValueError, match=f"the folder {path} belongs to another user or is writable by others"):
             load_rewards([{"use": "tinyreward:score", "environment": {"requirements": [str(offline)]}}])
         path.chmod(0o755)
-    assert environments._private_cache_folder() == folder
+    assert environments.private_cache_folder() == folder
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
@@ -492,9 +492,9 @@ def test_a_lock_that_is_a_link_empties_no_file(offline, tmp_path):
     """A planted link named one of the user's files, which was emptied."""
     (tmp_path / "thesis").write_text("three years")
     (tmp_path / "link").symlink_to(tmp_path / "thesis")
-    with pytest.raises(ValueError, match=r"the lock .*link cannot be opened"), environments._lock(tmp_path / "link"):
+    with pytest.raises(ValueError, match=r"the lock .*link cannot be opened"), environments.locked(tmp_path / "link"):
         raise AssertionError
-    with environments._lock(tmp_path / "thesis"):
+    with environments.locked(tmp_path / "thesis"):
         assert (tmp_path / "thesis").read_text() == "three years"
 
 

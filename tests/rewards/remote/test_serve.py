@@ -1,5 +1,6 @@
 """The service: what it answers, what it refuses and how, and that it scores as before after all of it."""
 
+import argparse
 import asyncio
 import base64
 import concurrent.futures
@@ -29,6 +30,7 @@ from rewards.remote.connections import Connection
 from rewards.remote.lanes import Lane
 from rewards.remote.service import Refused
 from rewards.remote.service import Service as App
+from rewards.serve import _specs
 
 TOKEN = "kept-secret"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -563,7 +565,7 @@ def run(*options: str) -> subprocess.CompletedProcess:
         (("--use", f"{ODD}:Making"), "must take (images, prompts, ...)"),
         (("--config", "nowhere.yaml"), "nowhere.yaml"),
         (("--config", "configs/accelerate/single.yaml"), "has no list `rewards:`"),
-        (("--use", "shapes_exact", "--token_file", "/dev/null"), "/dev/null is empty"),
+        (("--use", "shapes_exact", "--token_file", "/dev/null"), "the token in /dev/null is blank"),
         (("--use", "shapes_exact", "--port", "99999"), "--port: must be from 0 to 65535, found 99999"),
         (("--use", "shapes_exact", "--max_body_mb", "nan"), "--max_body_mb: must be from 0.001 to 1048576, found nan"),
         (("--use", "shapes_exact", "--max_queue", "few"), "--max_queue: invalid int value: 'few'"),
@@ -579,6 +581,24 @@ def test_a_token_that_no_header_can_hold_is_refused_and_not_shown(tmp_path):
     ended = run("--use", "shapes_exact", "--token_file", str(tmp_path / "token"))
     assert ended.returncode == 1 and "characters other than printable ASCII" in ended.stderr
     assert "gehe" not in ended.stderr
+
+
+@pytest.mark.parametrize("blank", ["", "  ", "\n"])
+def test_a_blank_token_is_refused_and_not_taken_for_none(blank, tmp_path):
+    """`FLOW_ALIGN_TOKEN=$UNSET` opened the service to all."""
+    (tmp_path / "token").write_text(blank)
+    words = [sys.executable, "-m", "rewards.serve", "--port", "0", "--use", "shapes_exact"]
+    for more, variables in ((["--token_file", str(tmp_path / "token")], {}), ([], {"FLOW_ALIGN_TOKEN": blank})):
+        ended = subprocess.run(
+            [*words, *more], cwd=ROOT, env=IN_CLEAR | variables, capture_output=True, text=True, timeout=60
+        )
+        assert ended.returncode == 1 and "is blank, which is no token" in ended.stderr
+
+
+def test_with_workers_an_entry_keeps_its_variables():
+    entry = {"use": "ocr", "environment": {"variables": {"A": "1"}}}
+    (spec,) = _specs(argparse.Namespace(use=[entry], config=None, workers=True))
+    assert spec["environment"] == {"python": sys.executable, "variables": {"A": "1"}}
 
 
 def test_a_port_in_use_is_named(service):
