@@ -25,7 +25,7 @@ _LOOKS = (
     (re.compile(r"\b([Bb]asic)\s+(?=\S*[A-Z0-9=])[\w+/=-]{8,}"), rf"\1 {HIDDEN}"),
     (re.compile(r"://[^/\s'\"]*@"), f"://{HIDDEN}@"),
     (re.compile(r"(https?://[^\s'\"?]*\?)[^\s'\"]+"), rf"\1{HIDDEN}"),
-    (re.compile(rf"\b([\w-]*{_WORD}=['\"]?)[^\s'\",;&]+", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(rf"(?<![\w-])([\w-]*{_WORD}=['\"]?)[^\s'\",;&]+", re.IGNORECASE), rf"\1{HIDDEN}"),
 )
 
 

@@ -327,7 +327,8 @@ def _are_described(served: Mapping[str, Any], limits: Any) -> bool:
 
 async def _pieces(frame: list[bytes]) -> AsyncIterator[bytes]:
     for piece in frame:
-        yield piece
+        for start in range(0, len(piece), 2**18):  # asyncio moves what it has not sent yet, after every send
+            yield piece[start : start + 2**18]
 
 
 def _json_object(answer: httpx.Response) -> dict[str, Any]:

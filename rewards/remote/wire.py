@@ -220,11 +220,14 @@ def decode_json(data: Mapping[str, Any], limits: Limits, reserve: Callable[[int]
     prompts, columns = _decode_columns(data, entries, limits)
     images, budget = [], Budget(limits, reserve)
     for row, text in enumerate(entries or ()):
-        try:
-            png = base64.b64decode(text.encode() if isinstance(text, str) else b"?", validate=True)
-        except (binascii.Error, UnicodeEncodeError):
-            raise ContentError(f"image {row} is not base64 text") from None
-        images.append(_decode_png(memoryview(png), f"image {row}", budget))
+        if not isinstance(text, str):
+            raise ContentError(f"image {row} is not base64 text")
+        with for_a_while(reserve, 2 * len(text)):  # its bytes, and those of the PNG
+            try:
+                png = base64.b64decode(text.encode(), validate=True)
+            except (binascii.Error, UnicodeEncodeError):
+                raise ContentError(f"image {row} is not base64 text") from None
+            images.append(_decode_png(memoryview(png), f"image {row}", budget))
     return Request(images, prompts, columns)
 
 
@@ -260,6 +263,8 @@ def _raw_entry(entry: Any, where: str) -> tuple[str, tuple[int, int]]:
 
 def _decode_png(data: memoryview, where: str, budget: Budget) -> Image.Image:
     """Decode a PNG, after checking the size that its header gives."""
+    if _is_animated(data):  # some versions of Pillow make the frame's background before the size can be checked
+        raise ContentError(f"{where} is an animated PNG")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
@@ -276,6 +281,17 @@ def _decode_png(data: memoryview, where: str, budget: Budget) -> Image.Image:
         raise ContentError(f"{where}: {error}") from None
     except (OSError, SyntaxError, ValueError, struct.error) as error:
         raise ContentError(f"{where} is not a readable PNG: {error}") from None
+
+
+def _is_animated(data: memoryview) -> bool:
+    """Whether a PNG has a chunk ``acTL`` before its pixels."""
+    position = 8
+    while position + 8 <= len(data):
+        length, kind = struct.unpack(">I4s", data[position : position + 8])
+        if kind in (b"acTL", b"IDAT"):
+            return kind == b"acTL"
+        position += length + 12
+    return False
 
 
 def _check_frame(condition: bool, where: str, message: str) -> None:
