@@ -305,7 +305,7 @@ def test_the_token_comes_from_the_environment_and_is_not_shown(monkeypatch, capl
 
 
 def test_a_request_larger_than_the_service_takes_says_what_to_do():
-    service = Service("--use", f"{ODD}:told", "--max_body_mb", "0.005")
+    service = Service("--use", f"{ODD}:told", "--max_body_mb", "0.006")
     assert "set `images_per_request`" in scores(remote(service.url))[1]["told"]
     assert scores(remote(service.url, images_per_request=2)) == scores(HERE)
     service.end()
