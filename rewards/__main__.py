@@ -20,6 +20,7 @@ from PIL import Image
 
 from rewards.calling import score
 from rewards.contract import STEP, RewardError
+from rewards.redaction import redacted
 from rewards.registry import load_rewards, read_rewards
 from rewards.table import BUILTINS, Builtin
 
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the remaining output goes at exit
     except (ValueError, OSError, ImportError, RewardError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {redacted(str(error))}") from None
 
 
 # --- list ---

@@ -15,6 +15,7 @@ from typing import Any
 from rewards.contract import GIVEN, Reward, RunsElsewhere
 from rewards.digests import digest_of, digest_of_callable
 from rewards.hints import nearest
+from rewards.redaction import HIDDEN, located, redacted
 from rewards.table import BUILTINS
 from rewards.weights import Weight, parse_weight
 
@@ -50,7 +51,10 @@ def load_rewards(specs: Spec | Iterable[Spec]) -> list[Reward]:
         try:
             rewards.append(_load(spec))
         except SystemExit as error:  # raised by a module or factory, and should not end the run silently
-            raise ImportError(f"reward entry {spec!r} ended the program (SystemExit: {error}) when loaded") from error
+            problem = (
+                f"reward entry {redacted(spec)!r} ended the program (SystemExit: {redacted(str(error))}) when loaded"
+            )
+            raise ImportError(problem) from error
     if not rewards:
         raise ValueError("no reward was given: pass --rewards NAME, or `rewards:` in the config")
     names = [reward.name for reward in rewards]
@@ -69,7 +73,7 @@ def read_rewards(file: Path) -> list[Any]:
     try:
         content = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not YAML: {error}") from None
+        raise ValueError(f"{file} is not YAML: {located(error)}") from None
     entries = content.get("rewards") if isinstance(content, Mapping) else None
     if not isinstance(entries, list):
         raise ValueError(f"{file} has no list `rewards:`")
@@ -106,16 +110,20 @@ def _load(spec: Spec) -> Reward:
 def _check_entry(spec: Any) -> None:
     """Raise ValueError unless an entry is a mapping with known keys of the right types."""
     if not isinstance(spec, Mapping):
-        raise ValueError(f"reward entry {spec!r} is {type(spec).__name__}: give a name, or a mapping with `use`")
+        raise ValueError(
+            f"reward entry {redacted(spec)!r} is {type(spec).__name__}: give a name, or a mapping with `use`"
+        )
     unknown = [key for key in spec if key not in _KEYS]
     if unknown:
-        problem = f"reward entry {dict(spec)} has an unknown key {unknown[0]!r}."
+        # A mistyped key may be `environment` or another one that holds secrets.
+        entry = {key: redacted({key: value})[key] if key in _KEYS else HIDDEN for key, value in spec.items()}
+        problem = f"reward entry {entry} has an unknown key {unknown[0]!r}."
         raise ValueError(problem + nearest(str(unknown[0]), _KEYS))
     if not isinstance(spec.get("use"), str):
-        raise ValueError(f"reward entry {dict(spec)} needs `use`: a built-in name, module:attr or file.py:attr")
+        raise ValueError(f"reward entry {redacted(spec)} needs `use`: a built-in name, module:attr or file.py:attr")
     for key, kind, expected in (("args", Mapping, "a mapping"), ("name", str, "text")):
         if spec.get(key) is not None and not isinstance(spec[key], kind):
-            raise ValueError(f"`{key}` of reward {spec['use']!r} must be {expected}, found {spec[key]!r}")
+            raise ValueError(f"`{key}` of reward {spec['use']!r} must be {expected}, found {redacted(spec[key])!r}")
 
 
 def _default_name(use: str) -> str:
@@ -126,13 +134,16 @@ def _default_name(use: str) -> str:
 
 def _run_by_package(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Return an entry with ``backend: package`` as the entry that runs the package in its own environment."""
-    from rewards.learned.packages import package_spec
+    from rewards.learned.packages import package_checkpoint, package_spec
 
     environment = spec.get("environment") or {}
     if not isinstance(environment, Mapping):
-        raise ValueError(f"the environment of reward {spec['use']!r} must be a mapping, found {environment!r}")
+        raise ValueError(
+            f"the environment of reward {spec['use']!r} must be a mapping, found {type(environment).__name__}"
+        )
     by_package = package_spec(spec["use"], spec["args"])
-    return {**spec, **by_package, "environment": by_package["environment"] | dict(environment)}
+    args = by_package["args"] | {"checkpoint": str(package_checkpoint(spec["use"], spec["args"]))}
+    return {**spec, **by_package, "args": args, "environment": by_package["environment"] | dict(environment)}
 
 
 def _make(use: str, args: Mapping[str, Any] | None) -> Any:
@@ -145,7 +156,8 @@ def _make(use: str, args: Mapping[str, Any] | None) -> Any:
     try:
         inspect.signature(function).bind(**args)
     except TypeError as error:
-        problem = f"args {args!r} of reward {use!r} do not fit: {error}."
+        # Without the values: a mistyped name does not tell that its value is a secret.
+        problem = f"args {list(args)} of reward {use!r} do not fit: {error}."
         raise ValueError(f"{problem} It takes {inspect.signature(function)}") from None
     try:
         return function(**args)
@@ -153,7 +165,7 @@ def _make(use: str, args: Mapping[str, Any] | None) -> Any:
         if use not in BUILTINS:
             raise  # a user's code keeps its traceback
         raise ValueError(
-            f"args {dict(args)!r} of reward {use!r} do not fit: {type(error).__name__}: {error}"
+            f"args {redacted(args)!r} of reward {use!r} do not fit: {type(error).__name__}: {redacted(str(error))}"
         ) from error
 
 

@@ -8,8 +8,9 @@
 | ``GET /metrics`` | for Prometheus |
 
 The header ``X-Reward-Digest`` of an answer, also given by ``/rewards``, is the same for the same ``use`` and ``args``:
-the client refuses to mix scores with different digests. JSON may have up to 64 MiB, frames up to ``--max_body_mb``, and
-the images of a request as much in memory, where an RGB image takes four bytes a pixel.
+the client refuses to mix scores with different digests. A frame may have up to ``--max_body_mb``, and so may its images
+in memory (an RGB image takes four bytes a pixel and eight a row), and so may JSON once it is read (its bytes and 100 for
+each value, four times the bytes if it is not plain ASCII), of which no more than 64 MiB are read. A body may take 600 s.
 
 Errors: 400 neither a frame nor JSON, 401 wrong token, 404 no such reward, 408 the body does not arrive, 413 too many
 bytes, 422 content that cannot be scored, 500 the reward raised (with its message), 503 too many requests are waiting or
@@ -29,12 +30,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rewards.redaction import redacted
 from rewards.registry import read_rewards
 from rewards.remote import wire
 
 try:
     import uvicorn
 
+    from rewards.remote.connections import Connection, Listening, Seldom, accepted_at_once
     from rewards.remote.service import Service
 except ImportError as error:
     raise SystemExit(f'error: {error}. The service needs: pip install "flow-align[serve]"') from None
@@ -46,11 +49,13 @@ def main(argv: list[str] | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C; requests in progress are answered first."""
     args = _arguments(argv)
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(Seldom())
     try:
         specs, token = _specs(args), _token(args.token_file)
         listening = _open_socket(args.host, args.port)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {redacted(str(error))}") from None
     limits = wire.Limits(int(args.max_body_mb * 2**20), args.max_images, args.max_pixels)
     service = Service(
         specs,
@@ -61,7 +66,15 @@ def main(argv: list[str] | None = None) -> None:
         max_wait=args.max_wait_ms / 1000,
     )
     config = uvicorn.Config(
-        service.app, log_level=args.log_level, access_log=False, timeout_graceful_shutdown=args.grace, lifespan="on"
+        service.app,
+        http=Connection,
+        ws="none",
+        backlog=accepted_at_once(),
+        lifespan="on",
+        log_config=None,  # to the handlers above, with their filter
+        log_level=args.log_level,
+        access_log=False,
+        timeout_graceful_shutdown=args.grace,
     )
     server = uvicorn.Server(config)
     service.stop = lambda: setattr(server, "should_exit", True)
@@ -75,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         logger.info("interrupted")
     if service.error:
-        raise SystemExit(f"error: {service.error}")
+        raise SystemExit(f"error: {redacted(service.error)}")
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -136,7 +149,9 @@ def _specs(args: argparse.Namespace) -> list[Any]:
         specs = [{"use": spec} if isinstance(spec, str) else spec for spec in specs]
         this_python = {"python": sys.executable}
         specs = [
-            {"environment": this_python, **spec} if isinstance(spec, Mapping) and "endpoints" not in spec else spec
+            {**spec, "environment": this_python | dict(spec.get("environment") or {})}
+            if isinstance(spec, Mapping) and "endpoints" not in spec
+            else spec
             for spec in specs
         ]
     return specs
@@ -144,15 +159,12 @@ def _specs(args: argparse.Namespace) -> list[Any]:
 
 def _token(file: Path | None) -> str | None:
     text = file.read_text() if file else os.environ.get("FLOW_ALIGN_TOKEN")
-    token = wire.checked_token(text, str(file or "FLOW_ALIGN_TOKEN"))
-    if file and not token:
-        raise ValueError(f"the token file {file} is empty")
-    return token
+    return wire.checked_token(text, str(file or "FLOW_ALIGN_TOKEN"))
 
 
 def _open_socket(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family)
+    listening = Listening(family)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rewards.hints import nearest
+from rewards.redaction import redacted
 
 _BY, _DEFAULT = "by", "default"
 
@@ -56,7 +57,7 @@ def parse_weight(name: str, weight: Any) -> Weight:
         return _number(f"the weight of reward {name!r}", weight)
     if not isinstance(weight.get(_BY), str):
         raise ValueError(
-            f"the weight of reward {name!r} is the mapping {dict(weight)} without `by`: the name of the data column "
+            f"the weight of reward {name!r} is the mapping {redacted(weight)} without `by`: the name of the data column "
             "whose values are the other keys"
         )
     weights = {
@@ -80,5 +81,5 @@ def _number(what: str, value: Any) -> float:
         with contextlib.suppress(ValueError):
             value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{what} must be a finite number, found {value!r}")
+        raise ValueError(f"{what} must be a finite number, found {redacted(value)!r}")
     return float(value)

@@ -21,6 +21,7 @@ from align.engine.settings import check_settings, setting
 from align.models.adapters import find_adapter
 from align.models.loading import nearest
 from align.tiny import IMAGES, PROMPTS
+from rewards.redaction import located, redacted
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 logger = logging.getLogger(__name__)
@@ -208,7 +209,7 @@ def _check_config(config: Path, known: dict[str, argparse.Action]) -> None:
     try:
         content = yaml.safe_load(config.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"config file {config} is not YAML: {error}") from None
+        raise ValueError(f"config file {config} is not YAML: {located(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"config file {config} must hold a mapping of keys to values, found {type(content).__name__}")
     for key, value in content.items():
@@ -220,7 +221,7 @@ def _check_config(config: Path, known: dict[str, argparse.Action]) -> None:
             raise ValueError(f"{key} in {config} has no value: give it one, or leave it out")
         wanted = _wanted_type(known[key], value)
         if wanted:
-            raise ValueError(f"{key} in {config} must be {wanted}, found {value!r}")
+            raise ValueError(f"{key} in {config} must be {wanted}, found {redacted({key: value})[key]!r}")
 
 
 def _wanted_type(action: argparse.Action, value: Any) -> str | None:
@@ -251,4 +252,4 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error: {redacted(str(error))}") from error

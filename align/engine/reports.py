@@ -13,6 +13,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from rewards.redaction import redacted
+
 _CAPTION, _GAP = 16, 4
 #: On the card of a LoRA, behind the code for diffusers.
 _ELSEWHERE = """Strength 1 is what was trained, in every tool; alpha is the rank.
@@ -193,7 +195,7 @@ def changes_table(
 
 
 def changed_settings(*settings: Any) -> dict[str, Any]:
-    """Return the fields of these dataclasses that differ from their defaults, secrets left out."""
+    """Return the fields of these dataclasses that differ from their defaults, without tokens."""
     changed = {}
     for group in settings:
         for spec in fields(group):
@@ -267,6 +269,6 @@ def model_card(
         *(f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures),
         f"## Data and rewards\n\nTrained on {_escaped(data)}. Rewards: {_escaped(', '.join(rewards)) or 'none'}.",
         *(["\n".join(f"- {_escaped(line)}" for line in account)] if account else []),
-        f"## Settings that differ from the defaults\n\n```json\n{json.dumps(settings, indent=2, default=str)}\n```",
+        f"## Settings that differ from the defaults\n\n```json\n{json.dumps(redacted(settings), indent=2, default=str)}\n```",
     ]
-    return "\n\n".join(sections) + "\n"
+    return redacted("\n\n".join(sections)) + "\n"

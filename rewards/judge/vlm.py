@@ -13,6 +13,7 @@ from PIL import Image
 
 from rewards.judge.templates import Template, load_template
 from rewards.pictures import at_most, to_rgb
+from rewards.redaction import foreign, redacted
 from rewards.remote.headers import retry_after
 
 if TYPE_CHECKING:
@@ -81,10 +82,12 @@ class VlmJudge:
         key = os.environ.get(api_key_env)
         if not key and api_key_env != _KEY:
             raise ValueError(f"vlm_judge: the environment variable {api_key_env} (api_key_env) is not set")
+        if key and not key.strip():
+            raise ValueError(f"vlm_judge: the key in {api_key_env} is blank: give it a value, or leave it out")
         key = (key or "").strip()
         if not (key.isascii() and key.isprintable()):  # otherwise the HTTP library's error would show the whole header
             raise ValueError(f"vlm_judge: {api_key_env} contains characters other than printable ASCII ones")
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._key = key
         self.url = base_url.rstrip("/") + "/chat/completions"
         self.model, self.timeout, self.retries, self.concurrency = model, timeout, retries, concurrency
         self.max_side, self.max_tokens, self.request = max_side, max_tokens, dict(request or {})
@@ -93,7 +96,7 @@ class VlmJudge:
     def _check(base_url: str, timeout: float, *counts: int) -> None:
         parsed = urlsplit(base_url)
         if parsed.scheme not in ("http", "https") or not parsed.hostname:
-            raise ValueError(f"vlm_judge: base_url must be http(s)://host/v1, found {base_url!r}")
+            raise ValueError(f"vlm_judge: base_url must be http(s)://host/v1, found {redacted(base_url)!r}")
         if parsed.username is not None or parsed.password is not None:
             raise ValueError(
                 "vlm_judge: base_url contains a user name or password, which logs would show: use api_key_env"
@@ -112,7 +115,8 @@ class VlmJudge:
         limit = asyncio.Semaphore(self.concurrency)
         # A new client for each call, because the next call may come from another event loop.
         limits = httpx.Limits(max_connections=self.concurrency)
-        async with httpx.AsyncClient(timeout=None, limits=limits, headers=self._headers) as client:
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        async with httpx.AsyncClient(timeout=None, limits=limits, headers=headers) as client:
 
             async def ask(image: Image.Image, prompt: str) -> str:
                 async with limit:
@@ -137,9 +141,8 @@ class VlmJudge:
     def _score(self, answer: str) -> float | None:
         marks = self.template.parse(answer)
         if marks is None:
-            logger.warning(
-                "vlm_judge: an image is not scored, no marks can be read from the answer %r", answer[:_MAX_LOGGED]
-            )
+            shown = foreign(answer, self._key, longest=_MAX_LOGGED)
+            logger.warning("vlm_judge: an image is not scored, no marks can be read from the answer %r", shown)
             return None
         return sum(marks[part] for part in self.parts) / len(self.parts)
 
@@ -163,6 +166,8 @@ class VlmJudge:
         """Ask the endpoint, again if necessary, and return the text of its answer."""
         import tenacity
 
+        from rewards.remote.answers import parsed
+
         tries = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self.retries + 1),
             wait=_wait,
@@ -171,24 +176,22 @@ class VlmJudge:
         )
         response: httpx.Response = await tries(self._post, client, body)
         try:
-            answer = response.json()["choices"][0]["message"]["content"]
+            answer = parsed(response)["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise JudgeError(f"{self.url} did not answer with a chat completion: {response.text[:200]!r}") from error
+            shown = foreign(response.text, self._key, longest=200)
+            raise JudgeError(f"{self.url} did not answer with a chat completion: {shown!r}") from error
         return answer if isinstance(answer, str) else ""
 
     async def _post(self, client: "httpx.AsyncClient", body: dict[str, Any]) -> "httpx.Response":
-        import httpx
+        from rewards.remote.answers import fetch
 
-        try:
-            # For the whole request: httpx's own timeout starts again with every byte.
-            async with asyncio.timeout(self.timeout):
-                response = await client.post(self.url, json=body)
-        except TimeoutError:
-            raise httpx.ReadTimeout(f"{self.url} did not answer within {self.timeout:g} s") from None
+        response = await fetch(client, "POST", self.url, self.timeout, json=body)
         if response.status_code in _RETRIED:
             response.raise_for_status()
         if response.status_code != 200:
-            raise JudgeError(f"{self.url} answered {response.status_code}: {response.text[:200]!r}")
+            raise JudgeError(
+                f"{self.url} answered {response.status_code}: {foreign(response.text, self._key, longest=200)!r}"
+            )
         return response
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from rewards.learned.running import Placement, check_pairs
-from rewards.learned.weight_files import find_file, load_weights, read_state_dict
+from rewards.learned.weight_files import find_file, load_weights, read_safetensors
 from rewards.pictures import to_rgb
 
 FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
@@ -23,9 +23,13 @@ _VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 
 
 def hpsv2(
-    version: str = "v2.1", checkpoint: str | None = None, device: str | None = None, allow_pickle: bool = False
+    version: str = "v2.1", checkpoint: str | None = None, device: str | None = None
 ) -> Callable[[list[Image.Image], list[str]], list[float]]:
-    """Load the package's model and return the reward; args as for :func:`rewards.learned.hpsv2.hpsv2`."""
+    """Load the package's model and return the reward; args as for :func:`rewards.learned.hpsv2.hpsv2`.
+
+    The checkpoint must be safetensors: this environment's torch cannot read a pickle safely (see
+    :func:`rewards.learned.packages.package_checkpoint`).
+    """
     torch_device = Placement(device).resolve()
     path = find_file(
         checkpoint or f"xswu/HPSv2:{FILES[version]}", reward="hpsv2", arg="checkpoint", file=FILES[version]
@@ -44,7 +48,7 @@ def hpsv2(
         with_score_predictor=False,
         with_region_predictor=False,
     )
-    load_weights(model, read_state_dict(path, reward="hpsv2", allow_pickle=allow_pickle), reward="hpsv2", source=path)
+    load_weights(model, read_safetensors(path, reward="hpsv2"), reward="hpsv2", source=path)
     model.eval()
     tokenize = get_tokenizer("ViT-H-14")
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from rewards.learned.running import Placement, check_pairs
-from rewards.learned.weight_files import TOKENIZER_FILES, find_file, find_folder, load_weights, read_state_dict
+from rewards.learned.weight_files import TOKENIZER_FILES, find_file, find_folder, load_weights, read_safetensors
 from rewards.pictures import to_rgb
 
 #: A buffer of the package's model, which some checkpoints contain.
@@ -28,13 +28,15 @@ def imagereward(
     med_config: str = "THUDM/ImageReward:med_config.json",
     tokenizer: str = "google-bert/bert-base-uncased",
     device: str | None = None,
-    allow_pickle: bool = False,
 ) -> Callable[[list[Image.Image], list[str]], list[float]]:
-    """Load the package's model and return the reward; `med_config` is the package's config of the text tower."""
+    """Load the package's model and return the reward; `med_config` is the package's config of the text tower.
+
+    The checkpoint must be safetensors, as for :func:`rewards.learned.package_hpsv2.hpsv2`.
+    """
     torch_device = Placement(device).resolve()
     path = find_file(checkpoint, reward="imagereward", arg="checkpoint", file="ImageReward.pt")
     model = build(tokenizer, med_config, torch_device)
-    state = read_state_dict(path, reward="imagereward", allow_pickle=allow_pickle)
+    state = read_safetensors(path, reward="imagereward")
     load_weights(model, _with_buffers(state, model.state_dict()), reward="imagereward", source=path)
     model.eval()
 

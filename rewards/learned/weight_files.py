@@ -13,6 +13,8 @@ from pathlib import Path
 from pickle import UnpicklingError  # only to name the refusal; torch.load does the reading
 from typing import TYPE_CHECKING, Any
 
+from rewards.redaction import foreign
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -172,13 +174,7 @@ def read_state_dict(path: Path, *, reward: str, allow_pickle: bool = False) -> d
     import torch
 
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"reward {reward!r}: {path} is not a safetensors file: {error}") from error
+        return read_safetensors(path, reward=reward)
     try:
         # With mmap a file of gigabytes is read once; only torch's zip format allows it. Older versions need a str.
         found = torch.load(str(path), map_location="cpu", weights_only=not allow_pickle, mmap=zipfile.is_zipfile(path))
@@ -191,7 +187,7 @@ def read_state_dict(path: Path, *, reward: str, allow_pickle: bool = False) -> d
         reason = str(error).partition("WeightsUnpickler error:")[2].strip().split("\n")[0] or str(error).split("\n")[0]
         raise ValueError(
             f"reward {reward!r}: {path} was refused: it is a pickle of more than tensors, and loading it could run any "
-            f"code ({reason}). If you trust its author, pass `allow_pickle: true` in the reward's args."
+            f"code ({foreign(reason)}). If you trust its author, pass `allow_pickle: true` in the reward's args."
         ) from error
     except (RuntimeError, EOFError, OSError) as error:  # an incomplete download raises any of these
         raise ValueError(f"reward {reward!r}: {path} is not a checkpoint that torch can read: {error}") from error
@@ -202,9 +198,32 @@ def read_state_dict(path: Path, *, reward: str, allow_pickle: bool = False) -> d
     return dict(found)
 
 
+def read_safetensors(path: Path, *, reward: str) -> dict[str, Tensor]:
+    """Read a safetensors file; raise ValueError for any other."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"reward {reward!r}: {path} is not a safetensors file: {foreign(str(error))}") from error
+
+
+def write_safetensors(state: Mapping[str, Tensor], target: Path) -> None:
+    """Write tensors as safetensors, the whole file or none."""
+    import torch
+    from safetensors.torch import save_file
+
+    unfinished = target.with_suffix(".unfinished")
+    # Copies: safetensors refuses tensors that share memory.
+    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    save_file(copies, unfinished)
+    unfinished.replace(target)
+
+
 def _describe_content(found: Any) -> str:
     if isinstance(found, Mapping):
-        return f"a dictionary of {', '.join(map(str, list(found)[:5])) or 'nothing'}"
+        return f"a dictionary of {foreign(', '.join(map(str, list(found)[:5]))) or 'nothing'}"
     return f"a {type(found).__name__}"
 
 
@@ -257,7 +276,7 @@ def check_keys(
             rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
             problems.append(f"{what}: {', '.join(names[:3])}{rest}")
     if problems:
-        raise ValueError(f"{source} is not a checkpoint of the reward {reward!r}; {'; '.join(problems)}")
+        raise ValueError(f"{source} is not a checkpoint of the reward {reward!r}; {foreign('; '.join(problems))}")
 
 
 def shape_of(state: Mapping[str, Tensor], key: str, *, reward: str, source: Path) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -22,9 +22,11 @@ from PIL import Image
 
 from rewards.contract import CALL_SECONDS, RewardError, RewardFailed, RewardUnavailable, RunsElsewhere
 from rewards.hints import nearest
+from rewards.redaction import foreign, redacted
 from rewards.remote import wire
+from rewards.remote.answers import fetch, parsed
 from rewards.remote.headers import retry_after
-from rewards.threads import in_thread
+from rewards.threads import EventLoop, in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ CONNECT_SECONDS, LEFT_OUT_SECONDS, LOADING_SECONDS = 3.0, 10.0, 600.0
 #: First and longest pause between tries, which doubles from one to the next, and the largest random addition.
 BACKOFF_SECONDS, LONGEST_SECONDS, JITTER_SECONDS = 0.5, 30.0, 0.5
 _RETRIED = (408, 429, 502, 503, 504)
+#: Types of a score in an answer.
+_SCORES = {float, type(None)}
 
 
 class _TryAgain(Exception):
@@ -47,7 +51,7 @@ class Remote(RunsElsewhere):
     """A reward whose work is done by a service.
 
     Args:
-        use: the reward's name at the service. endpoints: base URLs. timeout: seconds until an answer must have begun.
+        use: the reward's name at the service. endpoints: base URLs. timeout: seconds for a request and its answer.
             retries: how often a request is tried again, with pauses that double, after a lost connection or at an
             overloaded or restarting service; not if the service refuses it or the reward raises, and not once a call
             has taken `rewards.contract.CALL_SECONDS` (or one ``timeout``, if that is longer). images_per_request: most
@@ -68,9 +72,10 @@ class Remote(RunsElsewhere):
     ) -> None:
         self.use, self.timeout, self.retries, self.images_per_request = use, timeout, retries, images_per_request
         self.endpoints = _checked_endpoints(use, endpoints)
-        token = wire.checked_token(os.environ.get("FLOW_ALIGN_TOKEN"), "FLOW_ALIGN_TOKEN")
-        self._http = httpx.Client(
-            headers={"Authorization": f"Bearer {token}"} if token else {},
+        self._token = wire.checked_token(os.environ.get("FLOW_ALIGN_TOKEN"), "FLOW_ALIGN_TOKEN")
+        self._loop = EventLoop()  # on which a request can be given up at any moment, not only between two bytes
+        self._http = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {self._token}"} if self._token else {},
             limits=httpx.Limits(max_connections=None),
             trust_env=False,  # no proxy from the environment, and no password from a file
         )
@@ -115,7 +120,7 @@ class Remote(RunsElsewhere):
 
     def close(self) -> None:
         """Close the connections."""
-        self._http.close()
+        self._loop.wait_for(self._http.aclose())
 
     # --- Scoring ---
 
@@ -182,19 +187,22 @@ class Remote(RunsElsewhere):
     def _post(self, endpoint: str, frame: list[bytes], images: int, seconds: float) -> list[float | None]:
         headers = {"Content-Length": str(sum(map(len, frame))), "Content-Type": "application/octet-stream"}
         path = f"/score/{quote(self.use)}"
-        answer = self._send("POST", endpoint, path, seconds, content=iter(frame), headers=headers)
+        answer = self._send("POST", endpoint, path, seconds, content=_pieces(frame), headers=headers)
         # A 500 without a kind is not from the reward: the server was stopped in the middle of a request.
         if answer.status_code in _RETRIED or (answer.status_code == 500 and "kind" not in _json_object(answer)):
             seconds = retry_after(answer.headers.get("Retry-After"), LONGEST_SECONDS) or 0.0
-            raise _TryAgain(f"{endpoint}: {answer.status_code}: {_error_text(answer)}", seconds)
+            raise _TryAgain(f"{endpoint}: {answer.status_code}: {self._error_text(answer)}", seconds)
         if answer.status_code != 200:
-            raise _failure(endpoint, answer)
+            raise self._failure(endpoint, answer)
         try:
-            scores = answer.json()["scores"]
+            scores = parsed(answer, parse_int=float)["scores"]
         except (ValueError, KeyError, TypeError):
-            raise _TryAgain(f"{endpoint} answered something other than scores: {answer.text[:200]!r}") from None
-        if not isinstance(scores, list) or len(scores) != images:
-            raise RewardError(f"{endpoint} answered {str(scores)[:100]} for {images} images")
+            shown = foreign(answer.text, self._token, longest=200)
+            raise _TryAgain(f"{endpoint} answered something other than scores: {shown}") from None
+        if not isinstance(scores, list) or len(scores) != images or {type(score) for score in scores} - _SCORES:
+            raise RewardError(
+                f"{endpoint} answered {foreign(str(scores), self._token, longest=100)} for {images} images"
+            )
         if answer.headers.get(wire.DIGEST_HEADER) != self.digest:
             raise RewardError(
                 f"reward {self.use!r} is not the same at {endpoint} as it was at {self._first_endpoint} at the start "
@@ -202,10 +210,25 @@ class Remote(RunsElsewhere):
             )
         return scores
 
+    def _failure(self, endpoint: str, answer: httpx.Response) -> RewardFailed | RewardError:
+        """Return the error for an answer that a retry would not change."""
+        kind, message = _json_object(answer).get("kind"), self._error_text(answer)
+        if kind == "raised":
+            return RewardFailed(message)
+        if kind == "contract":
+            return RewardError(message)
+        text = f"{endpoint}: {answer.status_code}: {message}"
+        return RewardUnavailable(text) if kind == "unavailable" else RewardFailed(text)
+
+    def _error_text(self, answer: httpx.Response) -> str:
+        """Return the error in an answer, or else the beginning of its text."""
+        error = _json_object(answer).get("error")
+        return foreign(answer.text, self._token, longest=200) if error is None else foreign(str(error), self._token)
+
     def _send(self, method: str, endpoint: str, path: str, seconds: float, **more: Any) -> httpx.Response:
-        timeout = httpx.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS))
+        timeout = httpx.Timeout(None, connect=min(seconds, CONNECT_SECONDS))
         try:
-            return self._http.request(method, endpoint + path, timeout=timeout, **more)
+            return self._loop.wait_for(fetch(self._http, method, endpoint + path, seconds, timeout=timeout, **more))
         except httpx.LocalProtocolError:  # would happen again; its message may contain the token
             raise RewardFailed(f"{endpoint}: HTTP cannot carry this request") from None
         except httpx.TransportError as error:
@@ -231,7 +254,8 @@ class Remote(RunsElsewhere):
         for endpoint, found in others:
             if found != expected:
                 raise ValueError(
-                    f"reward {self.use!r} is not the same at {first} ({expected}) and {endpoint} ({found})"
+                    f"reward {self.use!r} is not the same at {first} ({foreign(str(expected), self._token)}) and "
+                    f"{endpoint} ({foreign(str(found), self._token)})"
                 )
         return first, expected
 
@@ -252,15 +276,17 @@ class Remote(RunsElsewhere):
                 f"{endpoint} requires a token: set the environment variable FLOW_ALIGN_TOKEN to the right one"
             )
         if answer.status_code in _RETRIED:  # for instance from a proxy in front of the service
-            raise _TryAgain(f"{endpoint}: {answer.status_code} at /rewards: {_error_text(answer)}")
+            raise _TryAgain(f"{endpoint}: {answer.status_code} at /rewards: {self._error_text(answer)}")
         served = page.get("rewards")
-        if answer.status_code != 200 or not isinstance(served, dict):
+        if answer.status_code != 200 or not isinstance(served, dict) or not _are_described(served, page.get("limits")):
             raise ValueError(
-                f"{endpoint} is not a reward service: {answer.status_code} at /rewards: {_error_text(answer)}"
+                f"{endpoint} is not a reward service: {answer.status_code} at /rewards: {self._error_text(answer)}"
             )
         if self.use not in served:
-            raise ValueError(f"there is no reward {self.use!r} at {endpoint}." + nearest(self.use, served))
-        self._max_bytes = min(self._max_bytes, int(page["limits"]["bytes"]))
+            raise ValueError(
+                f"there is no reward {self.use!r} at {endpoint}." + foreign(nearest(self.use, served), self._token)
+            )
+        self._max_bytes = min(self._max_bytes, page["limits"]["bytes"])
         return {key: served[self.use].get(key) for key in ("columns", "required", "digest")}
 
 
@@ -270,11 +296,12 @@ def _checked_endpoints(use: str, given: Any) -> list[str]:
         given = [given]
     endpoints = list(given) if isinstance(given, Iterable) else []
     if not endpoints:
-        raise ValueError(f"the endpoints of reward {use!r} must be a URL or a list of URLs, found {given!r}")
+        raise ValueError(f"the endpoints of reward {use!r} must be a URL or a list of URLs, found {redacted(given)!r}")
     for endpoint in endpoints:
         url = urlsplit(endpoint) if isinstance(endpoint, str) else None
         if url is None or url.scheme not in ("http", "https") or not url.hostname or url.query:
-            raise ValueError(f"the endpoint {endpoint!r} of reward {use!r} is not a URL such as http://127.0.0.1:8000")
+            shown = redacted(endpoint)
+            raise ValueError(f"the endpoint {shown!r} of reward {use!r} is not a URL such as http://127.0.0.1:8000")
         if url.username or url.password:
             raise ValueError(
                 f"an endpoint of reward {use!r} ({url.hostname}) contains a user or password, which logs would show: "
@@ -285,27 +312,29 @@ def _checked_endpoints(use: str, given: Any) -> list[str]:
     return [endpoint.rstrip("/") for endpoint in endpoints]
 
 
-def _failure(endpoint: str, answer: httpx.Response) -> RewardFailed | RewardError:
-    """Return the error for an answer that a retry would not change."""
-    page = _json_object(answer)
-    kind, message = page.get("kind"), _error_text(answer)
-    if kind == "raised":
-        return RewardFailed(message)
-    if kind == "contract":
-        return RewardError(message)
-    text = f"{endpoint}: {answer.status_code}: {message}"
-    return RewardUnavailable(text) if kind == "unavailable" else RewardFailed(text)
+def _are_described(served: Mapping[str, Any], limits: Any) -> bool:
+    """Whether what a server says of its rewards and limits has the types of a reward service."""
+
+    def is_entry(entry: Any) -> bool:
+        if not isinstance(entry, dict):
+            return False
+        names = [entry.get("required"), [] if entry.get("columns") is None else entry["columns"]]
+        are_names = all(isinstance(part, list) and all(isinstance(name, str) for name in part) for part in names)
+        return are_names and isinstance(entry.get("digest"), str | None)
+
+    return all(map(is_entry, served.values())) and isinstance(limits, dict) and isinstance(limits.get("bytes"), int)
 
 
-def _error_text(answer: httpx.Response) -> str:
-    """Return the error in an answer, or else the beginning of its text."""
-    return str(_json_object(answer).get("error", answer.text[:200]))
+async def _pieces(frame: list[bytes]) -> AsyncIterator[bytes]:
+    for piece in frame:
+        for start in range(0, len(piece), 2**18):  # asyncio moves what it has not sent yet, after every send
+            yield piece[start : start + 2**18]
 
 
 def _json_object(answer: httpx.Response) -> dict[str, Any]:
     """Return the JSON object in an answer, empty if there is none."""
     try:
-        content = answer.json()
+        content = parsed(answer)
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}

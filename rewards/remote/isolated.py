@@ -6,7 +6,6 @@ of this package and the working folder, but none of the run's packages.
 """
 
 import itertools
-import json
 import logging
 import random
 import threading
@@ -18,9 +17,11 @@ from typing import Any
 from PIL import Image
 
 from rewards.contract import CALL_SECONDS, RewardError, RewardFailed, RewardUnavailable, RunsElsewhere
+from rewards.redaction import foreign
 from rewards.remote import wire
 from rewards.remote.environments import check_environment, environment_python
 from rewards.remote.process import Worker, WorkerLost
+from rewards.remote.variables import own_variables
 from rewards.threads import in_thread
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ spec = importlib.util.spec_from_file_location("rewards", sys.argv[1] + "/__init_
 sys.modules["rewards"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 from rewards.remote.worker import main
-main(sys.argv[2])
+main()
 """
 
 
@@ -71,7 +72,7 @@ class Isolated(RunsElsewhere):
     ) -> None:
         check_environment(name, environment)
         self.name, self.timeout, self.retries, self.environment = name, timeout, retries, environment
-        self._spec, self._variables = json.dumps({**spec, "name": name}), dict(environment.get("variables", {}))
+        self._spec, self._variables = {**spec, "name": name}, own_variables(environment.get("variables") or {})
         self._python = environment_python(name, environment)
         self._lock = threading.Lock()
         self._worker: Worker | None = None
@@ -157,7 +158,7 @@ class Isolated(RunsElsewhere):
             raise
         self._failures_in_a_row = 0
         if "error" in answer:
-            raise (RewardError if answer["kind"] == "contract" else RewardFailed)(answer["error"])
+            raise (RewardError if answer.get("kind") == "contract" else RewardFailed)(foreign(str(answer["error"])))
         return answer["scores"]
 
     def _ensure_running(self, seconds: float) -> Worker:
@@ -188,16 +189,18 @@ class Isolated(RunsElsewhere):
         if self._worker is not None:
             self._worker.kill()
         try:
-            command = [self._python, "-c", _START, str(Path(__file__).parents[1]), self._spec]
+            command = [self._python, "-c", _START, str(Path(__file__).parents[1])]
             self._worker = Worker(command, self._variables)
         except OSError as error:  # the program was removed, or there is no memory or file handle for another process
             raise WorkerLost(f"its worker could not be started: {error}") from None
         try:
-            loaded = self._worker.receive(time.monotonic() + seconds, seconds)
+            deadline = time.monotonic() + seconds
+            self._worker.send(wire.frame({"spec": self._spec}), deadline, seconds)
+            loaded = self._worker.receive(deadline, seconds)
         except BaseException:
             self._worker.kill()
             raise
         if "error" in loaded:
             self._worker.kill()
-            raise _LoadError(loaded["type"], loaded["error"])
+            raise _LoadError(foreign(str(loaded["type"])), foreign(str(loaded["error"])))
         return loaded

@@ -3,7 +3,7 @@
 import asyncio
 import collections
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,6 @@ class Metrics:
 class _Job:
     request: Request
     answer: "asyncio.Future[list[float | None]]"
-    client_is_gone: Callable[[], Awaitable[bool]]
 
 
 class Lane:
@@ -81,22 +80,37 @@ class Lane:
         except ValueError as error:
             raise ContentError(str(error)) from None
 
-    async def submit(self, request: Request, client_is_gone: Callable[[], Awaitable[bool]]) -> list[float | None]:
+    async def submit(self, request: Request, client_is_gone: Coroutine[Any, Any, None]) -> list[float | None]:
         """Queue a request and return its scores.
 
         Args:
-            client_is_gone: whether nobody waits for the scores any more; then they are not computed.
+            client_is_gone: ends when nobody waits for the scores any more; then the request leaves the queue.
 
         Raises:
             Busy: the queue is full. ConnectionAbortedError: the client is gone. Otherwise what the reward raised.
         """
         if len(self._jobs) >= self.max_queue:
+            client_is_gone.close()
             raise Busy(max(1, min(60, round(self._last_seconds * len(self._jobs) / 2))))
-        job = _Job(request, asyncio.get_running_loop().create_future(), client_is_gone)
+        job = _Job(request, asyncio.get_running_loop().create_future())
+        watch = asyncio.create_task(client_is_gone)
+        watch.add_done_callback(lambda _: self._abandon(job))
         self._jobs.append(job)
         self._new_job.set()
         self.metrics.queue.labels(self.reward.name).set(len(self._jobs))
-        return await job.answer
+        try:
+            return await job.answer
+        finally:
+            watch.cancel()
+
+    def _abandon(self, job: _Job) -> None:
+        """Take a job whose client is gone out of the queue; its place is free for another."""
+        if job.answer.done():
+            return
+        job.answer.set_exception(ConnectionAbortedError("the client closed the connection"))
+        if job in self._jobs:
+            self._jobs.remove(job)
+            self.metrics.queue.labels(self.reward.name).set(len(self._jobs))
 
     def state(self) -> dict[str, Any]:
         """Return what the health page shows: the problem, if any, the queue's length, the seconds of the current call."""
@@ -121,17 +135,10 @@ class Lane:
             if self.max_batch_size:
                 await self._join(jobs)
             self.metrics.queue.labels(self.reward.name).set(len(self._jobs))
-            jobs = [job for job in jobs if not await self._is_abandoned(job)]
+            jobs = [job for job in jobs if not job.answer.done()]
             if jobs and (len(jobs) == 1 or not await self._score(jobs, last_try=False)):
                 for job in jobs:  # they failed together, perhaps because of one of them
                     await self._score([job], last_try=True)
-
-    async def _is_abandoned(self, job: _Job) -> bool:
-        """Whether nobody waits for the scores any more, which also ends the job."""
-        is_abandoned = job.answer.done() or await job.client_is_gone()
-        if is_abandoned and not job.answer.done():
-            job.answer.set_exception(ConnectionAbortedError("the client closed the connection"))
-        return is_abandoned
 
     async def _join(self, jobs: list[_Job]) -> None:
         """Add jobs with the same columns while the batch has room and there is time."""

@@ -14,12 +14,11 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+from rewards.redaction import foreign
 from rewards.remote import wire
+from rewards.remote.variables import variables_for_worker
 
 logger = logging.getLogger(__name__)
-
-#: Variables that the worker does not inherit: the run's packages, its place among the processes, the service's token.
-_NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME", "FLOW_ALIGN_TOKEN", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
 
 
 class WorkerLost(Exception):
@@ -35,7 +34,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=_inherited_variables() | {key: str(value) for key, value in variables.items()},
+            env=variables_for_worker(variables),
             process_group=0,  # so that Ctrl-C reaches only the run, and the worker can be killed with its children
         )
         self._lines: collections.deque[str] = collections.deque(maxlen=12)
@@ -57,9 +56,17 @@ class Worker:
             WorkerLost: the worker dies, takes longer than ``timeout`` seconds or answers another request.
         """
         deadline = time.monotonic() + timeout
+        self.send(request, deadline, timeout)
+        answer = self.receive(deadline, timeout)
+        if answer.get("number") != number:
+            raise WorkerLost("its worker gave the answer to another request")
+        return answer
+
+    def send(self, frame: list[bytes], deadline: float, timeout: float) -> None:
+        """Write a frame."""
         with selectors.DefaultSelector() as selector:
             selector.register(self._in, selectors.EVENT_WRITE)
-            for piece in request:
+            for piece in frame:
                 unsent = memoryview(piece)
                 while unsent:
                     self._wait(selector, deadline, timeout)
@@ -67,10 +74,6 @@ class Worker:
                         unsent = unsent[os.write(self._in, unsent[: 2**20]) :]
                     except BrokenPipeError:
                         raise WorkerLost(self.describe_end()) from None
-        answer = self.receive(deadline, timeout)
-        if answer.get("number") != number:
-            raise WorkerLost("its worker gave the answer to another request")
-        return answer
 
     def receive(self, deadline: float, timeout: float) -> dict[str, Any]:
         """Read the next frame and return its header."""
@@ -88,7 +91,7 @@ class Worker:
             try:
                 return wire.read_frame(fill)[0]
             except wire.FrameError as error:
-                raise WorkerLost(f"its worker answered with {error}") from None
+                raise WorkerLost(f"its worker answered with {foreign(str(error))}") from None
 
     def _wait(self, selector: selectors.BaseSelector, deadline: float, timeout: float) -> None:
         """Wait until a pipe is ready; raise WorkerLost if the worker has ended or the time is up."""
@@ -131,20 +134,9 @@ class Worker:
         assert self.process.stderr is not None
         with self.process.stderr as stream:
             for line in iter(lambda: stream.readline(2000), b""):
-                text = line.decode(errors="replace").rstrip()
+                text = foreign(line.decode(errors="replace").rstrip())
                 self._lines.append(text)
                 logger.info("worker: %s", text)
-
-
-def _inherited_variables() -> dict[str, str]:
-    """Return the environment variables for a worker, which sees only this process's GPU if there are several."""
-    variables = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
-    local, visible = os.environ.get("LOCAL_RANK", ""), os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible is not None else None
-    if local.isdigit() and (devices is None or int(local) < len(devices)):
-        # Each process of a run uses its own GPU; without this all workers would use the first one.
-        variables["CUDA_VISIBLE_DEVICES"] = local if devices is None else devices[int(local)]
-    return variables
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:

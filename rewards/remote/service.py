@@ -24,8 +24,8 @@ from rewards.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
-#: Seconds without a byte after which a request's body is given up.
-IDLE_SECONDS = 30.0
+#: Seconds without a byte after which a request's body is given up, and seconds for all of it.
+IDLE_SECONDS, BODY_SECONDS = 30.0, 600.0
 #: Seconds between two checks of the workers.
 WATCH_SECONDS = 1.0
 #: Memory for the bodies and decoded images of all requests in progress, as a multiple of the limit of one request.
@@ -133,7 +133,7 @@ class Service:
                 reserve(-len(body))
                 del body
                 lane.check(parsed)
-                scores = await lane.submit(parsed, request.is_disconnected)
+                scores = await lane.submit(parsed, _client_is_gone(request))
             status = 200
             return JSONResponse({"scores": scores}, headers={wire.DIGEST_HEADER: self.digests[name]})
         except Exception as error:  # every error has an answer
@@ -197,17 +197,20 @@ class Service:
         too_large = Refused(413, f"a request may have at most {self.limits.bytes} bytes")
         if length.isdigit() and int(length) > self.limits.bytes:
             raise too_large
-        body = bytearray()
+        body, clock = bytearray(), asyncio.get_running_loop().time
+        end = clock() + BODY_SECONDS
         try:
-            async with asyncio.timeout(IDLE_SECONDS) as idle:
+            async with asyncio.timeout(IDLE_SECONDS) as limit:
                 async for piece in request.stream():
-                    idle.reschedule(asyncio.get_running_loop().time() + IDLE_SECONDS)
+                    limit.reschedule(min(clock() + IDLE_SECONDS, end))
                     reserve(len(piece))
                     body += piece
                     if len(body) > self.limits.bytes:
                         raise too_large
         except TimeoutError:
-            raise Refused(408, f"no byte of the body arrived for {IDLE_SECONDS:g} s") from None
+            raise Refused(
+                408, f"no byte of the body arrived for {IDLE_SECONDS:g} s, or not all of it in {BODY_SECONDS:g} s"
+            ) from None
         return body
 
     async def _answer_refusal(self, request: Request, error: Exception) -> Response:
@@ -245,11 +248,17 @@ class _Memory:
             reserve(-reserved)
 
 
+async def _client_is_gone(request: Request) -> None:
+    """Wait until the client of a request, whose body has been read, closes the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 def _parse(body: bytearray, limits: wire.Limits, reserve: Callable[[int], None]) -> wire.Request:
     """Decode a frame, recognised by its first bytes, or else JSON; the content type does not matter."""
     if body[:4] == wire.MAGIC:
-        return wire.decode_request(*wire.split(body, limits), limits, reserve)
-    return wire.decode_json(wire.parse_object(body), limits, reserve)
+        return wire.decode_request(*wire.split(body, limits, reserve), limits, reserve)
+    return wire.decode_json(wire.parse_object(body, limits, reserve), limits, reserve)
 
 
 def _as_refusal(error: Exception) -> Refused:

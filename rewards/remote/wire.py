@@ -23,44 +23,28 @@ from typing import Any
 
 from PIL import Image
 
+from rewards.remote.limits import (
+    UNLIMITED,
+    Budget,
+    ContentError,
+    FrameError,
+    Limits,
+    TooLarge,
+    for_a_while,
+    json_memory,
+    memory,
+)
+
 MAGIC = b"FAR1"
 _PREFIX = struct.Struct("<4sIQ")
 PREFIX_BYTES = _PREFIX.size
 #: Bits of a pixel, for the modes in which an image is fully described by its pixels (unlike one with a palette).
 _BITS = {"1": 1, "L": 8, "LA": 16, "RGB": 24, "RGBA": 32, "CMYK": 32, "YCbCr": 24, "LAB": 24, "HSV": 24, "I": 32}
 _BITS |= {"F": 32, "I;16": 16}
-#: Limit for a header, and for a body of JSON. Hostile JSON takes many times its bytes as Python objects.
+#: Limit for a header, and for a body of JSON.
 _MAX_JSON_BYTES = 64 * 2**20
 #: Header of an HTTP answer with the reward's digest, see `rewards.remote.service.digest_of`.
 DIGEST_HEADER = "X-Reward-Digest"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of a frame.
-
-    bytes: of the frame, and of its decoded images (see :func:`memory`). images: in it. pixels: of an image.
-    """
-
-    bytes: int = 256 * 2**20
-    images: int = 1024
-    pixels: int = 2**26
-
-
-#: Between a run and its own worker no limits are needed.
-UNLIMITED = Limits(bytes=2**48, images=2**31, pixels=2**40)
-
-
-class FrameError(ValueError):
-    """Not a frame: other bytes, a wrong length, a header that is not JSON."""
-
-
-class TooLarge(FrameError):
-    """A frame with more bytes than allowed."""
-
-
-class ContentError(FrameError):
-    """A valid frame whose content cannot be scored: its lengths, columns or images are wrong."""
 
 
 @dataclass
@@ -155,51 +139,42 @@ def read_frame(fill: Callable[[memoryview], None], limits: Limits = UNLIMITED) -
     return parse_object(read(header)), read(body)
 
 
-def split(data: bytes | bytearray, limits: Limits) -> tuple[dict[str, Any], memoryview]:
+def split(
+    data: bytes | bytearray, limits: Limits, reserve: Callable[[int], None] | None = None
+) -> tuple[dict[str, Any], memoryview]:
     """Split a complete frame into header and body."""
     header, body = lengths(data, limits)
     if len(data) != PREFIX_BYTES + header + body:
         raise FrameError(f"the frame claims {PREFIX_BYTES + header + body} bytes and has {len(data)}")
     start = PREFIX_BYTES + header
-    return parse_object(bytes(memoryview(data)[PREFIX_BYTES:start])), memoryview(data)[start:]
+    return parse_object(bytes(memoryview(data)[PREFIX_BYTES:start]), limits, reserve), memoryview(data)[start:]
 
 
-def parse_object(text: bytes | bytearray) -> dict[str, Any]:
-    """Parse a JSON object; raise TooLarge beyond 64 MiB and FrameError for anything else."""
+def parse_object(
+    text: bytes | bytearray, limits: Limits = UNLIMITED, reserve: Callable[[int], None] | None = None
+) -> dict[str, Any]:
+    """Parse a JSON object; raise TooLarge before it takes too much memory, and FrameError for anything else.
+
+    Args:
+        reserve: as for :func:`decode_request`, called with the bytes of the objects.
+    """
     if len(text) > _MAX_JSON_BYTES:
         raise TooLarge(
             f"JSON of {len(text)} bytes; at most {_MAX_JSON_BYTES} are allowed: send larger images in a frame"
         )
+    count = json_memory(text)
+    if count > limits.bytes:
+        raise TooLarge(f"JSON that takes {count} bytes of memory; at most {limits.bytes} are allowed")
     try:
-        value = json.loads(text)
+        with for_a_while(reserve, count):  # the text as characters
+            value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FrameError(f"not JSON: {type(error).__name__}: {error}") from None
+    if reserve is not None:
+        reserve(count)
     if not isinstance(value, dict):
         raise FrameError(f"JSON {type(value).__name__}, not an object")
     return value
-
-
-def memory(mode: str, size: tuple[int, int]) -> int:
-    """Return the bytes that an image takes in Pillow: four a pixel in most modes, including RGB."""
-    return size[0] * size[1] * {"1": 1, "L": 1, "P": 1, "I;16": 2}.get(mode, 4)
-
-
-class _Budget:
-    """The memory that the images of a request may take; ``reserve`` is told the bytes of each before it is decoded."""
-
-    def __init__(self, limits: Limits, reserve: Callable[[int], None] | None) -> None:
-        self.limits, self.bytes_left, self.reserve = limits, limits.bytes, reserve
-
-    def spend(self, where: str, mode: str, size: tuple[int, int]) -> None:
-        """Count an image; raise ContentError if it is too large."""
-        if size[0] * size[1] > self.limits.pixels:
-            raise ContentError(f"{where}: {size[0]}x{size[1]} is more than {self.limits.pixels} pixels")
-        count = memory(mode, size)
-        self.bytes_left -= count
-        if self.bytes_left < 0:
-            raise ContentError(f"{where}: the images of this request unpack to more than {self.limits.bytes} bytes")
-        if self.reserve is not None:
-            self.reserve(count)
 
 
 def decode_request(
@@ -218,7 +193,7 @@ def decode_request(
     """
     entries = header.get("images")
     prompts, columns = _decode_columns(header, entries, limits)
-    view, position, images, budget = memoryview(body), 0, [], _Budget(limits, reserve)
+    view, position, images, budget = memoryview(body), 0, [], Budget(limits, reserve)
     for row, entry in enumerate(entries or ()):
         where = f"image {row}"
         if isinstance(entry, Mapping) and _is_positive_int(entry.get("png")):
@@ -243,13 +218,16 @@ def decode_json(data: Mapping[str, Any], limits: Limits, reserve: Callable[[int]
     """
     entries = data.get("images")
     prompts, columns = _decode_columns(data, entries, limits)
-    images, budget = [], _Budget(limits, reserve)
+    images, budget = [], Budget(limits, reserve)
     for row, text in enumerate(entries or ()):
-        try:
-            png = base64.b64decode(text.encode() if isinstance(text, str) else b"?", validate=True)
-        except (binascii.Error, UnicodeEncodeError):
-            raise ContentError(f"image {row} is not base64 text") from None
-        images.append(_decode_png(memoryview(png), f"image {row}", budget))
+        if not isinstance(text, str):
+            raise ContentError(f"image {row} is not base64 text")
+        with for_a_while(reserve, 2 * len(text)):  # its bytes, and those of the PNG
+            try:
+                png = base64.b64decode(text.encode(), validate=True)
+            except (binascii.Error, UnicodeEncodeError):
+                raise ContentError(f"image {row} is not base64 text") from None
+            images.append(_decode_png(memoryview(png), f"image {row}", budget))
     return Request(images, prompts, columns)
 
 
@@ -283,22 +261,37 @@ def _raw_entry(entry: Any, where: str) -> tuple[str, tuple[int, int]]:
     return mode, (size[0], size[1])
 
 
-def _decode_png(data: memoryview, where: str, budget: _Budget) -> Image.Image:
+def _decode_png(data: memoryview, where: str, budget: Budget) -> Image.Image:
     """Decode a PNG, after checking the size that its header gives."""
+    if _is_animated(data):  # some versions of Pillow make the frame's background before the size can be checked
+        raise ContentError(f"{where} is an animated PNG")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
             image = Image.open(io.BytesIO(data), formats=["PNG"])
         budget.spend(where, image.mode, image.size)
-        image.load()
+        # A copy has neither a file nor text chunks, like an image from raw pixels. Meanwhile there are two, and the
+        # decoder has two rows, in which a pixel takes up to eight bytes.
+        with for_a_while(budget.reserve, memory(image.mode, image.size) + 16 * image.width):
+            image.load()
+            return image.copy()
     except FrameError:
         raise
     except Image.DecompressionBombError as error:
         raise ContentError(f"{where}: {error}") from None
     except (OSError, SyntaxError, ValueError, struct.error) as error:
         raise ContentError(f"{where} is not a readable PNG: {error}") from None
-    # A copy has neither a file nor text chunks, like an image from raw pixels.
-    return image.copy()
+
+
+def _is_animated(data: memoryview) -> bool:
+    """Whether a PNG has a chunk ``acTL`` before its pixels."""
+    position = 8
+    while position + 8 <= len(data):
+        length, kind = struct.unpack(">I4s", data[position : position + 8])
+        if kind in (b"acTL", b"IDAT"):
+            return kind == b"acTL"
+        position += length + 12
+    return False
 
 
 def _check_frame(condition: bool, where: str, message: str) -> None:
@@ -319,12 +312,16 @@ def _pixel_bytes(mode: str, size: tuple[int, int]) -> int:
 
 
 def checked_token(text: str | None, source: str) -> str | None:
-    """Return a service's token without white space around it, or None.
+    """Return a service's token without white space around it; None stays None.
 
     Raises:
-        ValueError: a header cannot hold it. The message does not show the token.
+        ValueError: it is blank, or a header cannot hold it. The message does not show the token.
     """
-    token = (text or "").strip()
+    if text is None:
+        return None
+    token = text.strip()
+    if not token:  # an empty variable of a script would open the service to all
+        raise ValueError(f"the token in {source} is blank, which is no token: give it a value, or leave it out")
     if not (token.isascii() and token.isprintable()):  # otherwise the HTTP library's error would show the whole header
         raise ValueError(f"the token in {source} contains characters other than printable ASCII ones")
-    return token or None
+    return token

@@ -5,7 +5,6 @@ installed; it needs only Python 3.10 and Pillow. What the reward prints goes to 
 all processes that the reward started, when its input ends or the process that started it is gone.
 """
 
-import json
 import os
 import queue
 import select
@@ -20,8 +19,8 @@ from rewards.registry import load_rewards
 from rewards.remote import wire
 
 
-def main(spec: str) -> None:
-    """Load the reward of ``spec`` (a config's entry as JSON), send its columns, and answer until the input ends."""
+def main() -> None:
+    """Load the reward that the first frame names, send its columns, and answer until the input ends."""
     incoming, outgoing = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the reward prints or reads must not disturb the protocol
     os.dup2(2, 1)
@@ -29,7 +28,8 @@ def main(spec: str) -> None:
     requests: queue.SimpleQueue[tuple[dict[str, Any], bytearray]] = queue.SimpleQueue()
     threading.Thread(target=_read_requests, args=(incoming, os.getppid(), requests), daemon=True).start()
     try:
-        (reward,) = load_rewards([json.loads(spec)])
+        # Not among the words of the command, which all users of the machine can list.
+        (reward,) = load_rewards([requests.get()[0]["spec"]])
     except Exception as error:  # raised by the run that asked for this reward
         _send(outgoing, owner, {"error": str(error), "type": type(error).__name__})
         sys.exit(1)

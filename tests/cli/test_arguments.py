@@ -226,6 +226,14 @@ def test_a_wrong_config_file_says_what_is_wrong(text, fragments):
     assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
 
 
+def test_a_broken_config_file_is_told_without_the_broken_line():
+    """The line may hold a key, and the message goes to a log."""
+    config("seed: 1\nrewards: [{use: vlm_judge, environment: {variables: {JUDGE: hunter2}}")
+    with pytest.raises(ValueError, match=r"is not YAML: .* in line \d+, column \d+") as caught:
+        parsed("--config", "config.yaml", rewards=None)
+    assert "hunter2" not in str(caught.value)
+
+
 @pytest.mark.parametrize("words", [["--config", "confg.yaml"], ["--config=confg.yaml"]])
 def test_a_missing_config_file_names_the_nearest(words):
     config("seed: 3")

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 from PIL import Image
 
+from align.cli.data import DataArguments
 from align.engine import reports
 from align.grpo import GRPOConfig
 from align.models.adapters import LORA_FILE
@@ -251,6 +252,18 @@ def test_the_card_holds_result_data_rewards_and_config():
     assert "(reward_curve.png)" in text and "(before_after.png)" in text
     settings = json.loads(re.search(r"```json\n(.*?)\n```", text, re.DOTALL)[1])
     assert settings == {"output_dir": "runs/my-run", "use_cpu": True, "num_generations": 8}
+
+
+def test_the_card_holds_no_secret_of_the_rewards():
+    """A card is published with the weights; the entries of its rewards may hold keys."""
+    entry = {
+        "use": "vlm_judge",
+        "args": {"model": "m", "api_key": "hunter2"},
+        "environment": {"python": "/venv", "variables": {"JUDGE": "hunter2"}},
+    }
+    data = DataArguments(dataset_name="https://user:hunter2@host/prompts.jsonl", rewards=[entry, "ocr"])
+    text = card(settings=reports.changed_settings(data), data=data.dataset_name)
+    assert "hunter2" not in text and '"use": "vlm_judge"' in text and '"python": "/venv"' in text and '"ocr"' in text
 
 
 def test_the_card_of_a_model_from_the_package_does_not_pass_it_for_a_hub_name():

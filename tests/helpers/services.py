@@ -17,11 +17,15 @@ IN_CLEAR = {key: value for key, value in os.environ.items() if key != "FLOW_ALIG
 
 
 class Service:
-    """``python -m rewards.serve`` with these options; ready when made."""
+    """``python -m rewards.serve`` with these options; ready when made. ``files``: how many it may have open."""
 
-    def __init__(self, *options: str, port: int = 0, token: str | None = None, wait: bool = True) -> None:
+    def __init__(
+        self, *options: str, port: int = 0, token: str | None = None, wait: bool = True, files: int | None = None
+    ) -> None:
         variables = IN_CLEAR | ({"FLOW_ALIGN_TOKEN": token} if token else {})
         command = [sys.executable, "-m", "rewards.serve", "--port", str(port), *options]
+        if files is not None:
+            command = ["sh", "-c", f'ulimit -n {files} && exec "$@"', "sh", *command]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

@@ -348,7 +348,7 @@ def test_a_column_named_as_an_argument_is_refused_where_every_column_is_taken(co
         (
             {"use": "hpsv2", "args": {"backend": "package"}, "environment": "/x"},
             ValueError,
-            ["the environment of reward 'hpsv2' must be a mapping, found '/x'"],
+            ["the environment of reward 'hpsv2' must be a mapping, found str"],
         ),
         ({"use": "ocr", "args": {"pattern": "("}}, ValueError, ["of reward 'ocr' do not fit", "missing )"]),
         ({"use": "ocr", "args": {"min_side": "x"}}, ValueError, ["of reward 'ocr' do not fit: TypeError"]),

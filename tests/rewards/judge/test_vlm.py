@@ -1,6 +1,7 @@
 """The judge behind an endpoint: a real server answers well, badly, late and not at all."""
 
 import asyncio
+import gzip
 import logging
 import socket
 from email.utils import formatdate
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from judge_server import judge_that_answers
 from PIL import Image
-from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from rewards import load_rewards, score
 from rewards.judge.templates import TEMPLATES, load_template
@@ -18,6 +19,7 @@ from rewards.judge.vlm import VlmJudge
 from rewards.remote.headers import retry_after
 
 KEY = "sk-a-secret-that-no-log-may-show"
+PLAIN_KEY = "one-of-no-known-look"
 
 
 @pytest.fixture(autouse=True)
@@ -203,6 +205,57 @@ def test_a_server_that_hangs_is_given_up_and_asked_again(how):
         assert scores == [None] and "did not answer within 0.3 s" in failures["vlm_judge"] and len(judge.bodies) == 4
 
 
+async def endless():
+    while True:
+        yield b" " * 2**16
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (
+            Response(gzip.compress(gzip.compress(bytes(2**26))), headers={"Content-Encoding": "gzip, gzip"}),
+            "gzip, gzip",
+        ),
+        (StreamingResponse(endless()), "more than 4194304 bytes"),
+    ],
+)
+def test_an_answer_that_would_fill_the_memory_is_refused(answer, found):
+    """1.8 kB, packed twice, became 7.3 GiB."""
+    with judge_that_answers(answer) as judge:
+        assert found in judged(judge, retries=0)[1]["vlm_judge"]
+        assert judge.headers[0]["accept-encoding"] == "identity"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        PlainTextResponse(f"invalid key {PLAIN_KEY}", status_code=401),
+        PlainTextResponse("x" * 190 + KEY, status_code=400),
+        PlainTextResponse(f"you sent Bearer {PLAIN_KEY}"),
+        Response("", headers={"Content-Encoding": PLAIN_KEY}),
+        f"No score for {PLAIN_KEY}",
+    ],
+)
+def test_a_key_that_a_judge_repeats_is_not_logged(answer, monkeypatch, caplog):
+    """Hosted endpoints quote the key that they refuse."""
+    monkeypatch.setenv("OPENAI_API_KEY", PLAIN_KEY)
+    caplog.set_level("INFO")
+    with judge_that_answers(answer) as judge:
+        failures = judged(judge, retries=0)[1]
+    assert (failures or "no marks can be read" in caplog.text) and PLAIN_KEY[:6] not in f"{failures}{caplog.text}"
+
+
+@pytest.mark.parametrize(
+    "answer", ["\x1b[2J", PlainTextResponse("\x1b[2J"), PlainTextResponse("\x1b[2J", status_code=400)]
+)
+def test_control_characters_of_a_judge_do_not_reach_the_log(answer, caplog):
+    with judge_that_answers(answer) as judge:
+        failures = judged(judge, retries=0)[1]
+    shown = f"{failures}{caplog.text}"
+    assert "x1b[2J" in shown and "\x1b" not in shown
+
+
 def test_one_image_that_fails_for_good_leaves_the_others_scored(caplog):
     with judge_that_answers("Score: 1", failing(400), "Score: 3") as judge:
         args = {"concurrency": 1, "max_unanswered": 0.5}
@@ -301,6 +354,13 @@ def test_a_template_file_that_will_not_do_is_refused(tmp_path, content, found):
 def test_wrong_arguments_are_refused(args, error, found):
     with pytest.raises(error, match=found):
         load_rewards([{"use": "vlm_judge", "args": {"model": "m", "base_url": "http://localhost/v1"} | args}])
+
+
+@pytest.mark.parametrize("name", ["OPENAI_API_KEY", "MY_KEY"])
+def test_a_blank_key_is_refused_and_not_left_out(monkeypatch, name):
+    monkeypatch.setenv(name, " ")
+    with pytest.raises(ValueError, match=f"the key in {name} is blank"):
+        VlmJudge("m", "http://localhost/v1", api_key_env=name)
 
 
 def test_a_broken_key_is_refused_without_being_shown(monkeypatch):

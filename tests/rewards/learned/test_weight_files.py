@@ -10,6 +10,9 @@ from reward_checkpoints import PICTURES, PROMPTS, write_clip, write_clip_tokeniz
 from safetensors.torch import load_file, save_file
 
 from rewards import BUILTINS, load_rewards
+from rewards.learned.packages import package_checkpoint
+from rewards.learned.weight_files import read_safetensors
+from rewards.registry import _run_by_package
 
 NAMES = ["hpsv2", "imagereward", "pickscore", "clipscore", "aesthetic"]
 
@@ -130,6 +133,59 @@ def test_safetensors_serve_as_well(world, tmp_path):
     save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "hps.safetensors")
     reward = world.make("hpsv2", version="v2.0", checkpoint=str(tmp_path / "hps.safetensors"))
     assert reward(PICTURES, PROMPTS) == world.make("hpsv2")(PICTURES, PROMPTS)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("hpsv2", "HPS_v2.1_compressed.pt"), ("imagereward", "ImageReward.pt"), ("hpsv2", "shared.pt")]
+)
+def test_a_package_gets_its_checkpoint_as_safetensors_tensor_for_tensor(world, cache, tmp_path, name, file):
+    """In the packages' torch 2.2.2 a pickle can run code although weights_only forbids it (CVE-2025-32434)."""
+    weight = torch.arange(12.0).reshape(3, 4)
+    torch.save(
+        {"a": weight, "b": weight, "c": weight.T, "d": weight[1:2, 1], "e": torch.tensor(3)}, tmp_path / "shared.pt"
+    )
+    path = tmp_path / file if file == "shared.pt" else world.folder / file
+    there = package_checkpoint(name, {"backend": "package", "checkpoint": str(path)})
+    state, converted = torch.load(path, weights_only=True), load_file(there)
+    state = state.get("state_dict", state)
+    assert there.suffix == ".safetensors" and there.is_relative_to(cache) and set(converted) == set(state)
+    for key, tensor in state.items():
+        assert converted[key].dtype == tensor.dtype and torch.equal(converted[key], tensor)
+    written = there.stat().st_mtime_ns
+    assert package_checkpoint(name, {"checkpoint": str(path)}) == there and there.stat().st_mtime_ns == written
+    assert package_checkpoint(name, {"checkpoint": str(there)}) == there  # safetensors are taken as they are
+    assert {part.suffix for part in there.parent.iterdir()} == {".safetensors", ".lock"}
+
+
+def test_a_checkpoint_that_has_changed_is_converted_anew(cache, tmp_path):
+    for value in (1.0, 2.0):
+        torch.save({"a": torch.full((int(value) * 100,), value)}, tmp_path / "weights.pt")
+        there = package_checkpoint("imagereward", {"checkpoint": str(tmp_path / "weights.pt")})
+        assert load_file(there)["a"][0] == value
+
+
+def test_a_pickle_that_runs_code_reaches_no_package(cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {"a": torch.zeros(2)}, "more": RunsCode()}, "evil.pt")
+    entry = {"use": "imagereward", "args": {"backend": "package", "checkpoint": "evil.pt"}}
+    with pytest.raises(ValueError, match=r"evil.pt was refused: it is a pickle .*allow_pickle: true"):
+        load_rewards([entry])
+    with pytest.raises(ValueError, match=r"evil.pt is not a safetensors file"):
+        read_safetensors(Path("evil.pt"), reward="imagereward")
+    assert not Path("was_here").exists() and not list(cache.rglob("*.safetensors"))
+    (spec,) = [_run_by_package({**entry, "args": entry["args"] | {"allow_pickle": True}})]
+    assert spec["args"].keys() == {"checkpoint"} and spec["args"]["checkpoint"].endswith(".safetensors")
+
+
+def test_a_wrong_version_of_a_package_is_named(cache):
+    with pytest.raises(ValueError, match="unknown version 'v2' of hpsv2"):
+        load_rewards([{"use": "hpsv2", "args": {"backend": "package", "version": "v2"}}])
 
 
 def test_what_the_hubs_cache_holds_is_used_without_a_network(world, tmp_path, monkeypatch):

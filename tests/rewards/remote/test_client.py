@@ -1,7 +1,9 @@
 """A reward behind a service: the same scores, through lost connections, restarts and dead endpoints."""
 
 import asyncio
+import gzip
 import http.server
+import itertools
 import os
 import re
 import signal
@@ -12,6 +14,7 @@ import time
 
 import pytest
 from PIL import Image
+from raw_server import DESCRIBED, answer, hostile_service, raw_server
 from services import ODD, ROOT, Service
 
 from rewards import RewardError, RewardUnavailable, load_rewards, score
@@ -275,6 +278,13 @@ def test_a_token_that_no_header_can_hold_is_refused_and_not_shown(service, monke
     assert "1234" not in str(caught.value)
 
 
+@pytest.mark.parametrize("blank", ["", " ", "\n"])
+def test_a_blank_token_is_refused_and_not_taken_for_none(service, monkeypatch, blank):
+    monkeypatch.setenv("FLOW_ALIGN_TOKEN", blank)
+    with pytest.raises(ValueError, match="the token in FLOW_ALIGN_TOKEN is blank, which is no token"):
+        remote(service.url)
+
+
 def test_a_request_that_http_cannot_carry_is_not_tried_again_and_not_shown(service):
     there = remote(service.url, retries=50)
     there.function._http.headers["Authorization"] = "Bearer kept-secret\n"
@@ -295,7 +305,7 @@ def test_the_token_comes_from_the_environment_and_is_not_shown(monkeypatch, capl
 
 
 def test_a_request_larger_than_the_service_takes_says_what_to_do():
-    service = Service("--use", f"{ODD}:told", "--max_body_mb", "0.005")
+    service = Service("--use", f"{ODD}:told", "--max_body_mb", "0.006")
     assert "set `images_per_request`" in scores(remote(service.url))[1]["told"]
     assert scores(remote(service.url, images_per_request=2)) == scores(HERE)
     service.end()
@@ -324,6 +334,107 @@ def test_keys_that_make_no_sense_are_refused_before_anything_is_asked(entry, mes
     with pytest.raises(ValueError, match=message) as caught:
         load_rewards([{"use": "told" if "endpoints" in entry else f"{ODD}:told", **entry}])
     assert "secret" not in str(caught.value)
+
+
+# --- A server that is not what it should be ---
+
+SCORES = {"scores": [1.0] * 5}
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "gzip, gzip", "deflate", "br", "x-unknown"])
+def test_an_answer_is_not_unpacked(encoding):
+    """1.8 kB of zeros, packed twice, became 7.3 GiB in the trainer."""
+    bomb = gzip.compress(gzip.compress(bytes(2**26)))
+    with hostile_service(answer(bomb, Content_Encoding=encoding, Content_Type="application/json")) as (url, heads):
+        failure = scores(remote(url, retries=0))[1]["told"]
+    assert f"packed with {encoding}, which was not asked for" in failure and len(failure) < 500
+    assert all(b"accept-encoding: identity\r\n" in head.lower() for head in heads)
+
+
+def test_an_answer_that_says_it_is_not_packed_is_read():
+    with hostile_service(answer(SCORES, Content_Encoding="identity", **{"X_Reward_Digest": "0" * 64})) as (url, _):
+        assert scores(remote(url)) == ([1.0] * 5, {})
+
+
+def test_an_answer_without_an_end_is_cut_off():
+    """It would fill the trainer's memory."""
+
+    def endless(head):
+        return [answer(DESCRIBED)] if b"/rewards" in head else itertools.chain([start], itertools.repeat(bytes(2**16)))
+
+    start = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"
+    with raw_server(endless) as (url, _):
+        assert "the answer has more than 4194304 bytes" in scores(remote(url, retries=0))[1]["told"]
+
+
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 9, b"HTTP/1.1 200 OK\r\n\r\n"])
+def test_an_answer_that_drips_is_given_up_after_the_time_out(head):
+    """Every byte began the time anew, so that a rollout waited for hours."""
+    with hostile_service(head + b"HTTP/1.1 200 OK\r\nX: " + b"x" * 10_000, slowly=True) as (url, _):
+        failure = scores(remote(url, retries=0, timeout=1.0))[1]["told"]
+    assert "did not answer within 1 s" in failure
+
+
+@pytest.mark.parametrize(
+    "repeated",
+    [
+        lambda token: answer({"error": f"bad token {token}", "kind": "raised"}, "500 No"),
+        lambda token: answer({"error": [token], "kind": "contract"}, "422 No"),
+        lambda token: answer(f"Authorization: Bearer {token}", "502 Bad Gateway"),
+        lambda token: answer("x" * 190 + token, "403 No"),
+        lambda token: answer({"scores": [token] * 5}),
+        lambda token: answer({"scores": token}),
+        lambda token: answer(f"you sent {token}"),
+        lambda token: answer("", f"200 {token}\x01"),
+        lambda token: f"HTTP/1.1 200 OK\r\n{token}\r\n\r\n".encode(),
+        lambda token: f"{token}\r\n\r\n".encode(),
+        lambda token: answer("", "200 OK", Content_Encoding=token),
+    ],
+)
+def test_a_token_that_a_server_repeats_is_not_logged(repeated, monkeypatch, caplog):
+    """A proxy's error page quotes the request, and the log of a run is read by many."""
+    token = "a-token-to-be-kept"
+    monkeypatch.setenv("FLOW_ALIGN_TOKEN", token)
+    caplog.set_level("INFO")
+    with hostile_service(repeated(token)) as (url, heads):
+        _, failures = asyncio.run(failing(remote(url, retries=1)))
+    assert token.encode() in heads[-1]
+    assert failures and "a-token" not in failures + caplog.text
+
+
+async def failing(reward):
+    try:
+        return await reward.function(IMAGES, ["p"] * len(IMAGES)), ""
+    except Exception as error:
+        return None, str(error)
+
+
+def test_control_characters_of_a_server_do_not_reach_the_log(caplog):
+    """They would clear the screen, or write a line that looks like the run's own."""
+    text = "\x1b[2J\x9b1m\r\nWARNING all is well\u202e"
+    with hostile_service(answer({"error": text, "kind": "raised"}, "500 No")) as (url, _):
+        failure = scores(remote(url))[1]["told"]
+    assert failure == "\\x1b[2J\\x9b1m\\r\n  WARNING all is well\\u202e"
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        {"rewards": {"told": 3}, "limits": {"bytes": 9}},
+        {"rewards": {"told": {"columns": 3, "required": []}}, "limits": {"bytes": 9}},
+        {"rewards": {"told": {"columns": None, "required": [3]}}, "limits": {"bytes": 9}},
+        {"rewards": {"told": {"columns": None, "required": [], "digest": 3}}, "limits": {"bytes": 9}},
+        {"rewards": {"told": {"columns": None, "required": []}}, "limits": {"bytes": "much"}},
+        {"rewards": {"told": {"columns": None, "required": []}}},
+        "[" * 100_000,
+    ],
+)
+def test_a_page_that_no_service_gives_is_a_sentence(page):
+    with (
+        raw_server(lambda head: [answer(page)]) as (url, _),
+        pytest.raises(ValueError, match="is not a reward service"),
+    ):
+        remote(url)
 
 
 # --- A time-out in this process ---

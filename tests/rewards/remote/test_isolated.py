@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from rewards import RewardError, RewardUnavailable, load_rewards, score
-from rewards.remote import wire
+from rewards.remote import environments, wire
 from rewards.remote.process import WorkerLost
 
 ROOT = Path(__file__).parents[3]
@@ -327,6 +327,11 @@ def test_what_loading_raises_there_is_raised_here(entry, error, message):
         ({"requirements": "no_such_requirements.txt"}, FileNotFoundError, "no_such_requirements.txt"),
         ({"requirements": []}, ValueError, "must be a file or a list"),
         ({"python": sys.executable, "variables": ["A=1"]}, ValueError, "must map names to values"),
+        (
+            {"python": sys.executable, "variables": {"NOWHERE": None}},
+            ValueError,
+            "NOWHERE of reward 'told' has no value",
+        ),
     ],
 )
 def test_a_wrong_environment_is_refused_before_anything_is_started(environment, error, message):
@@ -366,6 +371,57 @@ def test_the_worker_has_its_own_variables_and_not_the_runs(monkeypatch, tmp_path
     assert str(ROOT) not in path  # this package alone, not what lies beside it
 
 
+SECRETS = ("AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY", "GITHUB_TOKEN", "DATABASE_URL")
+KEPT = (
+    "HTTPS_PROXY",
+    "SSL_CERT_FILE",
+    "CUDA_VISIBLE_DEVICES",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "OMP_NUM_THREADS",
+    "LC_ALL",
+)
+
+
+def test_a_worker_inherits_no_secret_and_what_programs_need(monkeypatch, tmp_path):
+    """A reward's packages are code of strangers, which could send the keys of the cluster away."""
+    monkeypatch.chdir(tmp_path)
+    Path("see.py").write_text(
+        "import os, sys, json\nopen('seen.json', 'w').write(json.dumps(dict(os.environ)))\n"
+        "command = open('/proc/self/cmdline').read()\n"
+        "def make(key):\n    assert key == 'hunter2' and 'hunter2' not in command\n    return score\n"
+        "def score(images, prompts):\n    return [1.0 for _ in images]\n"
+    )
+    for key in (*SECRETS, *KEPT):
+        monkeypatch.setenv(key, "C" if key == "LC_ALL" else "1")
+    given = {"JUDGE_KEY": "hunter2", "HF_TOKEN": None}  # None: the run's own
+    entry = {"use": "see.py:make", "args": {"key": "hunter2"}, "environment": {**HERE, "variables": given}}
+    load_rewards([entry])[0].close()
+    variables = json.loads(Path("seen.json").read_text())
+    assert set(KEPT) <= set(variables) and {"PATH", "HOME"} & set(os.environ) <= set(variables)
+    assert variables["JUDGE_KEY"] == "hunter2" and variables["HF_TOKEN"] == "1"
+    assert not set(SECRETS) - {"HF_TOKEN"} & set(variables)
+
+
+def test_control_characters_of_a_worker_do_not_reach_the_terminal(monkeypatch, tmp_path, caplog):
+    """They would clear the screen, or hide the line before."""
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO")
+    Path("loud.py").write_text(
+        "import os, sys\nprint('\\x1b[2Jprinted', file=sys.stderr)\n"
+        "def score(images, prompts):\n"
+        "    if prompts[0] == 'die':\n        os._exit(7)\n    raise ValueError('\\x1b[2Jraised')\n"
+        "def make():\n    raise ValueError('\\x1b[2Jrefused')\n"
+    )
+    (loud,) = load_rewards([{"use": "loud.py:score", "environment": HERE, "retries": 0}])
+    failures = [scores(loud)[1]["score"], scores(loud, "die")[1]["score"]]
+    loud.close()
+    with pytest.raises(ValueError, match="refused") as caught:
+        load_rewards([{"use": "loud.py:make", "args": {}, "environment": HERE}])
+    shown = [*failures, str(caught.value), caplog.text]
+    assert all("\\x1b[2J" in text and "\x1b" not in text for text in shown), shown
+
+
 # --- Requirements ---
 
 
@@ -396,6 +452,50 @@ def build_wheel(folder, config_settings=None, metadata_directory=None):
         wheel.writestr(info + "RECORD", "")
     return name
 """
+
+
+def test_pip_inherits_no_secret(offline, monkeypatch, tmp_path):
+    """Building a package executes code of strangers."""
+    for key in (*SECRETS, "PIP_TIMEOUT", "HTTPS_PROXY"):
+        monkeypatch.setenv(key, "1")
+    look = f"import os, json\njson.dump(dict(os.environ), open({str(tmp_path / 'seen.json')!r}, 'w'))\n"
+    (offline / "back.py").write_text(look + BACKEND)
+    environment = {"requirements": [str(offline)], "variables": {"OWN": "1"}}
+    load_rewards([{"use": "tinyreward:score", "environment": environment}])[0].close()
+    variables = json.loads((tmp_path / "seen.json").read_text())
+    assert {"PIP_TIMEOUT", "HTTPS_PROXY", "OWN"} <= set(variables) and not set(SECRETS) & set(variables)
+
+
+def test_environments_are_kept_where_nobody_else_can_write(offline, tmp_path):
+    folder = tmp_path / "cache" / "flow-align" / "environments"
+    environments.private_cache_folder()
+    assert folder.stat().st_mode & 0o777 == folder.parent.stat().st_mode & 0o777 == 0o700
+    for path, mode in ((folder, 0o777), (folder, 0o770), (folder.parent, 0o777)):
+        path.chmod(mode)
+        with pytest.raises(ValueError, match=f"the folder {path} belongs to another user or is writable by others"):
+            load_rewards([{"use": "tinyreward:score", "environment": {"requirements": [str(offline)]}}])
+        path.chmod(0o755)
+    assert environments.private_cache_folder() == folder
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_an_environment_that_another_user_has_planted_is_not_executed(offline, tmp_path):
+    folder = tmp_path / "cache" / "flow-align" / "environments"
+    folder.mkdir(parents=True)
+    os.chown(folder, 65534, 65534)
+    with pytest.raises(ValueError, match="belongs to another user"):
+        load_rewards([{"use": "tinyreward:score", "environment": {"requirements": [str(offline)]}}])
+    assert not list(folder.iterdir())
+
+
+def test_a_lock_that_is_a_link_empties_no_file(offline, tmp_path):
+    """A planted link named one of the user's files, which was emptied."""
+    (tmp_path / "thesis").write_text("three years")
+    (tmp_path / "link").symlink_to(tmp_path / "thesis")
+    with pytest.raises(ValueError, match=r"the lock .*link cannot be opened"), environments.locked(tmp_path / "link"):
+        raise AssertionError
+    with environments.locked(tmp_path / "thesis"):
+        assert (tmp_path / "thesis").read_text() == "three years"
 
 
 def test_an_environment_is_made_from_requirements_once_and_anew_if_that_failed(offline, capfd):

@@ -1,8 +1,10 @@
 """The service: what it answers, what it refuses and how, and that it scores as before after all of it."""
 
+import argparse
 import asyncio
 import base64
 import concurrent.futures
+import contextlib
 import io
 import signal
 import socket
@@ -17,17 +19,21 @@ from pathlib import Path
 import httpx
 import pytest
 import starlette.requests
+import uvicorn
 from PIL import Image
 from services import IN_CLEAR, ODD, ROOT, Service
 
 from rewards import load_rewards, score
 from rewards.contract import RunsElsewhere
 from rewards.remote import wire
+from rewards.remote.connections import Connection
 from rewards.remote.lanes import Lane
 from rewards.remote.service import Refused
 from rewards.remote.service import Service as App
+from rewards.serve import _specs
 
 TOKEN = "kept-secret"
+BEARER = {"Authorization": f"Bearer {TOKEN}"}
 IMAGE = Image.effect_noise((30, 20), 50).convert("RGB")
 
 
@@ -156,7 +162,10 @@ def bomb() -> str:
         (b"", 400, "not JSON"),
         (b"hello", 400, "not JSON"),
         (b"\x80\x04\x95pickled", 400, "not JSON"),
-        (b"[" * 100_000, 400, "RecursionError"),
+        (b"[" * 10_000, 400, "RecursionError"),
+        (b"[" * 100_000, 413, "JSON that takes 10100100 bytes of memory; at most 2097152 are allowed"),
+        (b"{}, " * 100_000, 413, "JSON that takes"),
+        ({"prompts": ["p"] * 3, "images": [png(Image.new("1", (1, 100_000)))] * 3}, 422, "unpack to more than"),
         (b"[]", 400, "not an object"),
         (frame()[:-1], 400, "claims"),
         (frame() + b"x", 400, "claims"),
@@ -249,6 +258,135 @@ def test_a_client_that_goes_away_disturbs_nobody(service):
             raw.sendall(sent)
 
 
+# --- Connections ---
+
+
+@contextlib.contextmanager
+def served_here(*specs: str, **lane_options):
+    """The service in a thread of this process, where a test can make its deadlines short."""
+    application = App(list(specs), **lane_options)
+    config = uvicorn.Config(application.app, port=0, http=Connection, log_config=None, timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not (server.started and (application.lanes or not specs)):
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield application, server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(timeout=10)
+
+
+def post(body: bytes, token: str = TOKEN, name: str = "told") -> bytes:
+    head = f"POST /score/{name} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def test_hundreds_of_half_sent_heads_keep_nobody_out_and_fill_no_log():
+    """300 connections without a token ended the service, with 316 MB of log in a minute."""
+    service = Service("--use", f"{ODD}:told", files=256, token=TOKEN)
+    half = post(b"")[:-10]
+    with contextlib.ExitStack() as stack:
+        for _ in range(400):
+            raw = stack.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=30))
+            with contextlib.suppress(ConnectionError):  # it has been closed to make room
+                raw.sendall(half)
+        for _ in range(5):
+            answer = httpx.post(f"{service.url}/score/told", content=frame(), headers=BEARER, timeout=30)
+            assert answer.json() == {"scores": expected()}
+    assert httpx.post(f"{service.url}/score/told", content=frame(), headers=BEARER, timeout=30).status_code == 200
+    log = service.end()
+    assert service.process.returncode == 0 and len(log) < 10_000, log[-2000:]
+
+
+def test_requests_that_are_no_http_fill_no_log():
+    service = Service("--use", f"{ODD}:told")
+    for _ in range(300):
+        with socket.create_connection(("127.0.0.1", service.port), timeout=30) as raw:
+            raw.sendall(b"\0nonsense\r\n\r\n")
+            assert raw.recv(100).startswith(b"HTTP/1.1 400 ")
+    assert 50 <= service.end().count("Invalid HTTP request received") <= 100
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"POST /score/told HTTP/1.1\r\nHost: x\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" + b"GET /health HT",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n",
+    ],
+)
+def test_a_head_that_does_not_come_ends_the_connection(sent, monkeypatch):
+    """Also where bytes go on dripping, before and after a request that was answered."""
+    monkeypatch.setattr("rewards.remote.connections.HEAD_SECONDS", 1.0)
+    with served_here() as (_, port), socket.create_connection(("127.0.0.1", port), timeout=30) as raw:
+        raw.sendall(sent)
+        assert drips_until_closed(raw)
+
+
+def drips_until_closed(raw: socket.socket, seconds: float = 30.0) -> bool:
+    """Send a byte now and then; whether the connection was closed in time."""
+    until = time.monotonic() + seconds
+    raw.settimeout(0.2)
+    while time.monotonic() < until:
+        try:
+            raw.sendall(b"x")
+            if not raw.recv(65536):
+                return True
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            return True
+    return False
+
+
+def test_a_body_that_drips_is_given_up(monkeypatch):
+    """Every byte began the time anew."""
+    monkeypatch.setattr("rewards.remote.service.BODY_SECONDS", 1.0)
+    with served_here(f"{ODD}:told") as (_, port), socket.create_connection(("127.0.0.1", port), timeout=30) as raw:
+        raw.sendall(post(frame())[:-1000])
+        assert drips_until_closed(raw)
+
+
+def test_a_request_that_takes_longer_than_a_head_may_is_answered(monkeypatch):
+    monkeypatch.setattr("rewards.remote.connections.HEAD_SECONDS", 0.5)
+    with served_here(f"{ODD}:told") as (_, port), httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        for _ in range(2):  # over one connection
+            answer = client.post("/score/told", content=frame(["sleep"], {"factor": [1.5]}), timeout=30)
+            assert answer.status_code == 200
+
+
+def test_a_client_that_hangs_up_leaves_the_queue():
+    """Three that hung up kept the places of all others until the call under way had ended."""
+    with served_here(f"{ODD}:told", max_queue=2) as (application, port):
+        queue, url = application.lanes["told"]._jobs, f"http://127.0.0.1:{port}/score/told"
+        with concurrent.futures.ThreadPoolExecutor() as pool, contextlib.ExitStack() as stack:
+            slow = pool.submit(httpx.post, url, content=frame(["sleep"], {"factor": [6.0]}), timeout=60)
+            await_that(lambda: application.lanes["told"].state()["seconds"] > 0)
+            waiting = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(2)]
+            for raw in waiting:
+                raw.sendall(post(frame()))
+            await_that(lambda: len(queue) == 2)
+            assert httpx.post(url, content=frame()).status_code == 503
+            for raw in waiting:
+                raw.close()
+            await_that(lambda: len(queue) == 0)
+            assert not slow.done() and application._memory._reserved < 3 * len(frame(["sleep"])) + 10_000
+            assert httpx.post(url, content=frame(), timeout=60).json() == {"scores": expected()}
+            assert slow.result().status_code == 200
+        await_that(lambda: application._memory._reserved == 0)
+
+
+def await_that(condition, seconds: float = 30.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def test_more_requests_than_may_wait_are_sent_away_for_a_while(http):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         body = frame(["sleep"], {"factor": [0.7]})
@@ -263,7 +401,7 @@ def test_more_requests_than_may_wait_are_sent_away_for_a_while(http):
 
 def test_what_images_unpack_to_is_held_in_bounds_until_they_are_scored():
     service = Service("--use", f"{ODD}:told", "--max_body_mb", "1")
-    flat = png(Image.new("1", (1024, 1024)))  # 1 MiB in memory, as much as a request may hold
+    flat = png(Image.new("1", (1024, 1016)))  # 1 MiB in memory, as much as a request may hold
     body = {"prompts": ["sleep"], "images": [flat], "columns": {"factor": [0.3]}}
     ask = lambda _: httpx.post(f"{service.url}/score/told", json=body, timeout=60).status_code  # noqa: E731
     with concurrent.futures.ThreadPoolExecutor(14) as pool:
@@ -427,7 +565,7 @@ def run(*options: str) -> subprocess.CompletedProcess:
         (("--use", f"{ODD}:Making"), "must take (images, prompts, ...)"),
         (("--config", "nowhere.yaml"), "nowhere.yaml"),
         (("--config", "configs/accelerate/single.yaml"), "has no list `rewards:`"),
-        (("--use", "shapes_exact", "--token_file", "/dev/null"), "/dev/null is empty"),
+        (("--use", "shapes_exact", "--token_file", "/dev/null"), "the token in /dev/null is blank"),
         (("--use", "shapes_exact", "--port", "99999"), "--port: must be from 0 to 65535, found 99999"),
         (("--use", "shapes_exact", "--max_body_mb", "nan"), "--max_body_mb: must be from 0.001 to 1048576, found nan"),
         (("--use", "shapes_exact", "--max_queue", "few"), "--max_queue: invalid int value: 'few'"),
@@ -443,6 +581,24 @@ def test_a_token_that_no_header_can_hold_is_refused_and_not_shown(tmp_path):
     ended = run("--use", "shapes_exact", "--token_file", str(tmp_path / "token"))
     assert ended.returncode == 1 and "characters other than printable ASCII" in ended.stderr
     assert "gehe" not in ended.stderr
+
+
+@pytest.mark.parametrize("blank", ["", "  ", "\n"])
+def test_a_blank_token_is_refused_and_not_taken_for_none(blank, tmp_path):
+    """`FLOW_ALIGN_TOKEN=$UNSET` opened the service to all."""
+    (tmp_path / "token").write_text(blank)
+    words = [sys.executable, "-m", "rewards.serve", "--port", "0", "--use", "shapes_exact"]
+    for more, variables in ((["--token_file", str(tmp_path / "token")], {}), ([], {"FLOW_ALIGN_TOKEN": blank})):
+        ended = subprocess.run(
+            [*words, *more], cwd=ROOT, env=IN_CLEAR | variables, capture_output=True, text=True, timeout=60
+        )
+        assert ended.returncode == 1 and "is blank, which is no token" in ended.stderr
+
+
+def test_with_workers_an_entry_keeps_its_variables():
+    entry = {"use": "ocr", "environment": {"variables": {"A": "1"}}}
+    (spec,) = _specs(argparse.Namespace(use=[entry], config=None, workers=True))
+    assert spec["environment"] == {"python": sys.executable, "variables": {"A": "1"}}
 
 
 def test_a_port_in_use_is_named(service):

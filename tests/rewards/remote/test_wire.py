@@ -7,6 +7,7 @@ import math
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -204,6 +205,7 @@ def test_content_that_cannot_be_scored_says_why(header, message):
         (bomb(50, 50), "not a readable PNG"),
         (png(picture())[:-40], "not a readable PNG"),
         (b"GIF89a" + b"\0" * 50, "not a readable PNG"),
+        (bomb(50, 50)[:33] + chunk(b"acTL", struct.pack(">II", 2, 0)) + bomb(50, 50)[33:], "is an animated PNG"),
         (b"", "not base64|not a readable PNG|neither"),
     ],
 )
@@ -223,18 +225,66 @@ def test_many_small_pngs_that_unpack_to_much_are_refused():
 @pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "LA", "RGB", "RGBA", "I", "F"])
 def test_images_count_as_what_they_take_in_memory(mode):
     image = Image.new(mode, (64, 64))
-    taken = np.dtype({"1": "u1", "L": "u1", "P": "u1", "I;16": "u2"}.get(mode, "u4")).itemsize * 64 * 64
+    taken = np.dtype({"1": "u1", "L": "u1", "P": "u1", "I;16": "u2"}.get(mode, "u4")).itemsize * 64 * 64 + 64 * 8
     limits, heard = wire.Limits(bytes=10**6), []
     requests = (
         [framed({"prompts": ["p"], "images": [{"png": len(png(image))}]}, png(image))] if mode not in ("F", "I") else []
     )
     requests += [b"".join(wire.encode_request([image], ["p"], {}))] if mode != "P" else []
     for data in requests:
+        start = len(heard)
         wire.decode_request(*wire.split(data, limits), limits, heard.append)
+        assert sum(heard[start:]) == taken  # a decoder's own memory is given back
         header, body = wire.split(data, limits)
         with pytest.raises(wire.ContentError, match="unpack to more than"):
             wire.decode_request(header, body, wire.Limits(bytes=taken - 1))
-    assert heard == [taken] * len(requests) == [wire.memory(mode, image.size)] * len(requests)
+    assert [count for count in heard if count == taken] == [wire.memory(mode, image.size)] * len(requests)
+
+
+@pytest.mark.parametrize("size", [(1, 2**26), (2**26, 1), (2, 2**25)])
+def test_a_pixel_wide_image_counts_its_rows(size):
+    """A PNG of 130 KB, a pixel wide, held 0.6 GiB: Pillow keeps a pointer to every row."""
+    refused, counted = base64.b64encode(bomb(*size)).decode(), []
+
+    def refuse(count):
+        counted.append(count)
+        if sum(counted) > 2**28:
+            raise ArithmeticError
+
+    with pytest.raises((wire.ContentError, ArithmeticError)):
+        wire.decode_json({"prompts": ["p"], "images": [refused]}, wire.Limits(), refuse)
+    if size[1] > 1:
+        assert counted == [2 * len(refused)] and wire.memory("RGB", size) > wire.Limits().bytes
+
+
+@pytest.mark.parametrize("unit", ["{}", "[]", '{"":0}', '{"":{}}', '{"":[0]}', "1.5", '"ab"', '"\\u4e2d"', "[[[]]]"])
+def test_json_counts_as_what_it_takes_once_it_is_read(unit):
+    """A body of 60 MiB of `{}` became 1.45 GiB, for each request."""
+    text = ('{"prompts": [' + ", ".join([unit] * 20_000) + "]}").encode()
+    tracemalloc.start()
+    try:
+        value = wire.parse_object(text)
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert taken <= wire.json_memory(text) < 12 * taken and value
+    with pytest.raises(wire.TooLarge, match="JSON that takes"):
+        wire.parse_object(text, wire.Limits(bytes=taken))
+
+
+def test_json_is_refused_before_it_is_read_and_held_in_bounds_with_other_requests():
+    whole = b'{"images": [' + b"{}, " * (15 * 2**20) + b"{}]}"
+    tracemalloc.start()
+    try:
+        with pytest.raises(wire.TooLarge, match=r"JSON that takes \d+ bytes of memory; at most 268435456"):
+            wire.parse_object(whole, wire.Limits())
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    heard = []
+    text = b'{"a": "\\u4e2d"}'
+    wire.parse_object(text, wire.Limits(), heard.append)
+    assert heard[0] == wire.json_memory(text) == sum(heard) > 4 * len(text)
 
 
 def test_an_image_that_is_refused_is_not_decoded():
