@@ -10,8 +10,8 @@ One rollout, read top to bottom in :class:`GRPOTrainer`:
 
 Deviations from the report:
 
-- log-probabilities and KL average over latent dimensions, as every public implementation does, so that published
-  clip ranges carry over; ``log_prob_reduction: sum`` is the report's eq. 5;
+- log-probabilities and KL average over latent dimensions, as every public implementation does, so that clip ranges
+  published for ``sde`` carry over (for ``cps`` peers leave a factor out); ``log_prob_reduction: sum`` is the report's eq. 5;
 - only ``sde_window_size`` steps may be stochastic and trained (Flow-GRPO-Fast, MixGRPO); all steps by default; images
   of a group may share their initial noise (``num_prefixes``): then the steps before the window, and the velocity of its
   first step, are computed once for all of them, in training too;

@@ -131,7 +131,7 @@ class StochasticSampler:
             std = s_next * math.sin(self.noise_level * math.pi / 2)
             latents_hat, noise_hat = x - s * v, x + (1 - s) * v
             return (1 - s_next) * latents_hat + (s_next**2 - std**2).sqrt() * noise_hat, std
-        # Report eq. 6-7, Flow-GRPO eq. 9, with g(s) = a sqrt(s / (1 - s)): the same marginals as the ODE.
+        # Report eq. 6-7, Flow-GRPO eq. 9, with g(s) = a sqrt(s / (1 - s)): the ODE's marginals in the limit of small steps.
         delta = s - s_next
         remaining = 1 - torch.where(s >= 1 - 1e-6, torch.full_like(s, self.sigma_max), s)
         g = self.noise_level * (s / remaining).sqrt()
