@@ -101,7 +101,8 @@ class Account:
 
     def lines(self) -> list[str]:
         """Return what there is to say."""
-        of = f" ({self.images} images)" if self.images != self.examples else ""
+        pairs = self.images > self.examples
+        of = f" ({self.images} images, {self.images - self.duplicates} different ones)" if pairs else ""
         said = [f"{self.what}: {self.examples}{of}"]
         if self.captions:
             said.append("captions from " + ", ".join(f"{origin}: {n}" for origin, n in self.captions.most_common()))
@@ -118,7 +119,7 @@ class Account:
             said.append(f"{self.cropped / self.pixels:.1%} of the pixels are cropped away{much}")
         if self.enlarged:
             said.append(f"{self.enlarged} images are enlarged, the smallest {self.largest_enlargement:.1f} times")
-        if self.duplicates:
+        if self.duplicates and not pairs:  # an image may well be in several pairs
             said.append(f"{self.duplicates} images are the same as an earlier one")
         for reason, count in self.left_out.most_common():
             first = ", ".join(

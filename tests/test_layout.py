@@ -152,6 +152,8 @@ def test_no_error_is_swallowed_and_nothing_is_unpickled(file):
                 assert not call.startswith("torch.load(") or "weights_only=True" in call, f"line {node.lineno}: {call}"
             elif file != READS_CHECKPOINTS:
                 assert not call.startswith(("torch.load(", "torch.save(")), f"line {node.lineno}: {call}"
+            if re.match(r"Auto\w+\.from_pretrained\(", call):  # it would ask on stdin to run the repository's code
+                assert "trust_remote_code=False" in call, f"line {node.lineno}: {call}"
             assert not re.match(r"(contextlib\.)?suppress\((Base)?Exception\)", call), f"line {node.lineno}: {call}"
     pickling = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
     refusal = {"pickle.UnpicklingError"} if file == READS_CHECKPOINTS else set()

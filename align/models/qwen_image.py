@@ -84,7 +84,9 @@ class QwenImage(TrainedTransformer):
                     QwenImageTransformer2DModel.load_config(transformer)
                 ),
                 "vae": AutoencoderKLQwenImage.from_config(AutoencoderKLQwenImage.load_config(vae)),
-                "text_encoder": Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(folder / "text_encoder")),
+                "text_encoder": Qwen2_5_VLForConditionalGeneration(
+                    AutoConfig.from_pretrained(folder / "text_encoder", trust_remote_code=False)
+                ),
             }
         return cls(QwenImagePipeline(FlowMatchEulerDiscreteScheduler(), tokenizer=None, **modules), False, description)
 

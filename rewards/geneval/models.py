@@ -29,7 +29,7 @@ class Detector:
         self.model = load_model(
             Mask2FormerForUniversalSegmentation, folder, reward="geneval", dtype=placement.torch_dtype
         ).eval()
-        self.processor = AutoImageProcessor.from_pretrained(folder)
+        self.processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         self.labels = [class_name(label) for _, label in sorted(self.model.config.id2label.items())]
         self.placement = placement
 
@@ -108,8 +108,8 @@ class ColorClassifier:
         files = MODEL_FILES | TOKENIZER_FILES | IMAGE_PROCESSOR_FILES
         folder = find_folder(checkpoint, files, reward="geneval", arg="clip")
         self.model = load_model(CLIPModel, folder, reward="geneval", dtype=placement.torch_dtype).eval()
-        self.processor = AutoImageProcessor.from_pretrained(folder)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self.placement = placement
         self._colors: dict[str, torch.Tensor] = {}  # label: (colours, width), on the CPU
 

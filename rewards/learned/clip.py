@@ -83,7 +83,7 @@ def load_clip(
         processor_folder = weight_files.find_folder(processor, processor_files, reward=reward, arg="processor")
         folder = weight_files.find_folder(checkpoint, weight_files.MODEL_FILES, reward=reward, arg="checkpoint")
     image_processor = CLIPImageProcessorPil.from_pretrained(processor_folder)
-    tokenizer = AutoTokenizer.from_pretrained(processor_folder) if text else None
+    tokenizer = AutoTokenizer.from_pretrained(processor_folder, trust_remote_code=False) if text else None
     model = weight_files.load_model(CLIPModel, folder, reward=reward, dtype=torch.float32)
     prompts = None
     if tokenizer is not None:

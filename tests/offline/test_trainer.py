@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -318,3 +319,35 @@ def test_each_algorithm_starts_from_what_the_last_one_left(tmp_path):
     second.train()
     # The reference is the adapter that training started from, not the bare model: so the first loss is log 2.
     assert losses(second)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_what_the_data_are_is_said_before_training_and_on_the_card(tmp_path, caplog):
+    """Three of ten pictures were trained on, captions of 1,400 tokens were cut, three quarters of an image cropped: no word."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, size in (("a.png", (64, 64)), ("b.jpg", (256, 64)), ("c.png", (32, 32)), ("same.png", (64, 64))):
+        Image.new("RGB", size, "red").save(folder / name)
+        (folder / name).with_suffix(".txt").write_text("red " * (600 if name == "a.png" else 3))
+    (folder / "d.heic").write_bytes(b"x")
+    run = sft(tmp_path / "run", read_captioned(str(folder)), max_steps=1)
+    told = [
+        "training data: 4",
+        "captions from .txt: 4",
+        "1 texts are longer than the 512 tokens that are read, the longest 605: what comes after has no effect",
+        "trained at (width x height) 96x48: 1, 64x64: 3",
+        "32.0% of the pixels are cropped away; 1 images lose more than 20%",
+        "1 images are enlarged, the smallest 2.0 times",
+        "1 images are the same as an earlier one",
+        f"left out, .heic is not read: 1 ({folder / 'd.heic'})",
+    ]
+    assert run.told == told and all(line in caplog.text for line in told)
+    run.train()
+    run.finish("tiny", str(folder))
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "- training data: 4\n- captions from .txt: 4\n" in card and "d.heic" in card
+
+
+def test_a_filter_that_leaves_no_pair_says_how_many_it_took(tmp_path):
+    pairs = build_pairs([replace(pair, margin=1.0) for pair in some_pairs()], min_margin=1e9)
+    with pytest.raises(BadRow, match="training data: holds nothing to train on; left out, pairs: below margin: 4"):
+        dpo(tmp_path, pairs)

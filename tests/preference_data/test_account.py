@@ -51,7 +51,7 @@ def test_every_image_of_a_pair_is_counted():
     account = Account("data")
     pair = [ImageSource("here", picture=Image.new("RGB", size)) for size in ((64, 64), (256, 64))]
     account.add("", pair, nearest_bucket(64, 64, BUCKETS))
-    assert account.lines()[0] == "data: 1 (2 images)" and account.much_cropped == 1
+    assert account.lines()[0] == "data: 1 (2 images, 2 different ones)" and account.much_cropped == 1
     assert account.cropped == pytest.approx(0.75 * 256 * 64)
 
 
