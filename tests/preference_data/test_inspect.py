@@ -43,7 +43,7 @@ def test_ranked_lists(folder, capsys):
     assert lines[:6] == [
         f"{file} (ranked): 4 rows, 4 records, 0 bad rows skipped",
         "pairs (best_worst): 2 pairs (4 records, 1 ties, 1 unscored)",
-        "trained on: 2 (4 images, 2 different ones)",
+        "trained on: 2 (4 images, 3 different ones)",
         "captions from a column: 2",
         "trained at (width x height) 1184x880: 2",
         "0.9% of the pixels are cropped away",
