@@ -84,9 +84,10 @@ class CheckpointingTrainer(Trainer):
             finally:
                 self.handed_on.writing_into = None
             self.save_progress(folder)
-            if best and args.should_save:  # where it will be, not where it is being written
+            if best:  # where it will be, not where it is being written; every process loads it at the end
                 state.best_model_checkpoint = best
-                state.save_to_json(str(folder / "trainer_state.json"))
+                if args.should_save:
+                    state.save_to_json(str(folder / "trainer_state.json"))
 
     def _get_output_dir(self, trial: Any) -> str:
         # Asked for by _save_checkpoint alone: there it is the folder of unfinished checkpoints.
