@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from rewards.contract import Reward, RewardError, RewardFailed, RunsElsewhere, describe
-from rewards.threads import REWARDS_LOOP, in_thread
+from rewards.threads import REWARDS_LOOP, EventLoop, in_thread
 
 
 class Scores(NamedTuple):
@@ -73,10 +73,17 @@ def score_all(
 
 
 def score_one(
-    reward: Reward, images: list[Image.Image], prompts: list[str], columns: Mapping[str, list[Any]]
+    reward: Reward,
+    images: list[Image.Image],
+    prompts: list[str],
+    columns: Mapping[str, list[Any]],
+    loop: EventLoop = REWARDS_LOOP,
 ) -> list[float]:
-    """Score images with one reward, as :func:`score` does, but raise what the reward raises; extras are left out."""
-    (result,) = _run_coroutine(_call_all([reward], images, prompts, columns))
+    """Score images with one reward, as :func:`score` does, but raise what the reward raises; extras are left out.
+
+    ``loop``: on which an async reward runs, always the same one.
+    """
+    (result,) = _run_coroutine(_call_all([reward], images, prompts, columns, loop))
     if isinstance(result, Exception):
         raise result
     if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
@@ -100,7 +107,11 @@ def _run_coroutine(calls: Coroutine[Any, Any, list[Any]]) -> list[Any]:
 
 
 async def _call_all(
-    rewards: Sequence[Reward], images: list[Image.Image], prompts: list[str], columns: Mapping[str, list[Any]]
+    rewards: Sequence[Reward],
+    images: list[Image.Image],
+    prompts: list[str],
+    columns: Mapping[str, list[Any]],
+    loop: EventLoop = REWARDS_LOOP,
 ) -> list[Any]:
     """Call all rewards, the async ones concurrently; an error takes the place of a result."""
 
@@ -111,13 +122,13 @@ async def _call_all(
     async def call(reward: Reward) -> Any:
         try:
             if _is_async(reward.function):
-                return await REWARDS_LOOP.call(lambda: _call(reward, images, prompts, columns))
+                return await loop.call(lambda: _call(reward, images, prompts, columns))
             if some_async:
                 async with one_at_a_time:
                     result = await in_thread(_call, reward, images, prompts, columns)
             else:
                 result = _call(reward, images, prompts, columns)
-            return await REWARDS_LOOP.call(lambda: result) if inspect.isawaitable(result) else result
+            return await loop.call(lambda: result) if inspect.isawaitable(result) else result
         except RewardError:  # from a reward that runs elsewhere, where its scores were checked
             raise
         except (SystemExit, asyncio.CancelledError) as error:  # neither should end the run

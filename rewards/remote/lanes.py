@@ -10,10 +10,10 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from rewards.calling import as_json, score_one
-from rewards.contract import Reward, RunsElsewhere
+from rewards.contract import Reward, RunsElsewhere, close_callable
 from rewards.hints import nearest
 from rewards.remote.wire import ContentError, Request
-from rewards.threads import in_thread
+from rewards.threads import EventLoop, in_thread
 
 #: The health page reports a call that takes longer than this many seconds.
 STUCK_SECONDS = 600.0
@@ -62,10 +62,16 @@ class Lane:
     ) -> None:
         self.reward, self.metrics, self.max_queue = reward, metrics, max_queue
         self.max_batch_size, self.max_wait = max_batch_size, max_wait
+        #: Its own, so that an async reward that blocks delays no other.
+        self.loop = EventLoop()
         self._jobs: collections.deque[_Job] = collections.deque()
         self._new_job = asyncio.Event()
         self._call_started: float | None = None  # time.monotonic(), None between calls
         self._last_seconds = 1.0
+
+    def close(self) -> None:
+        """Release what the reward holds."""
+        close_callable(self.reward.function, self.loop)
 
     def check(self, request: Request) -> None:
         """Raise ContentError for a column that the reward does not take, or a missing one that it needs."""
@@ -165,7 +171,7 @@ class Lane:
         columns = {name: [v for request in requests for v in request.columns[name]] for name in requests[0].columns}
         self._call_started, name = time.monotonic(), self.reward.name
         try:
-            scores = as_json(await in_thread(score_one, self.reward, images, prompts, columns))
+            scores = as_json(await in_thread(score_one, self.reward, images, prompts, columns, self.loop))
         except Exception as error:  # whatever a reward raises is reported to its clients, and the queue goes on
             self.metrics.failures.labels(name).inc()
             for job in jobs if last_try else ():

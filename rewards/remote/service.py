@@ -87,7 +87,7 @@ class Service:
         finally:
             work.cancel()
             for lane in self.lanes.values():
-                lane.reward.close()
+                lane.close()
 
     async def _load_and_run(self) -> None:
         """Load the rewards and run their lanes. The server listens already, so that a supervisor sees it loading."""

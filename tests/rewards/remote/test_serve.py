@@ -604,3 +604,15 @@ def test_with_workers_an_entry_keeps_its_variables():
 def test_a_port_in_use_is_named(service):
     ended = run("--use", "shapes_exact", "--port", str(service.port))
     assert ended.returncode == 1 and f"cannot listen on 127.0.0.1:{service.port}" in ended.stderr
+
+
+def test_an_async_reward_that_blocks_delays_no_other():
+    """They shared one event loop: while one slept in it, no other answered."""
+    with served_here(f"{ODD}:blocking", f"{ODD}:patient") as (application, port):
+        url = f"http://127.0.0.1:{port}/score"
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            slow = pool.submit(httpx.post, f"{url}/blocking", content=frame(["6"]), timeout=120)
+            await_that(lambda: application.lanes["blocking"].state()["seconds"] > 0)
+            assert httpx.post(f"{url}/patient", content=frame(["abc"]), timeout=60).json() == {"scores": [3.0]}
+            assert not slow.done()
+            assert slow.result().json() == {"scores": [1.0]}
