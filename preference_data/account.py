@@ -58,11 +58,13 @@ class Account:
             data: what a reader of this package returned, after a pass over it; of anything else nothing is known.
             used: the files of its images.
         """
-        counts = getattr(data, "counts", None)
-        for name in PAIRS_LEFT_OUT if counts is not None else ():
-            if getattr(counts, name):
-                self.leave_out(f"pairs: {name.replace('_', ' ')}", count=getattr(counts, name))
         while not hasattr(data, "source") and (hasattr(data, "records") or hasattr(data, "pairs")):
+            counts = getattr(data, "counts", None)
+            for name in PAIRS_LEFT_OUT if counts is not None else ():
+                if getattr(counts, name):
+                    self.leave_out(f"pairs: {name.replace('_', ' ')}", count=getattr(counts, name))
+            if getattr(data, "merged", 0):
+                self.leave_out("pairs: votes joined to an earlier one", count=data.merged)
             data = data.records if hasattr(data, "records") else data.pairs
         if not hasattr(data, "source"):
             return

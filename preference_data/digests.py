@@ -6,15 +6,20 @@ bytes at a few places. Where a file lies, and when it was written, does not matt
 
 import hashlib
 import json
+import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from preference_data.images import ImageSource, look_at
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-#: A table in memory or on disk of more bytes has so many of its rows looked at.
+from preference_data.images import BadRow, ImageSource, look_at
+
+_TEXT_OF_MEMBER, _FIRST_OF_MEMBER = 1 << 20, 4096  # bytes of a tar's members
+#: Of a table of more bytes, in memory or on disk, so many rows are looked at, and all texts.
 _LARGE_TABLE, _ROWS_LOOKED_AT = 2**28, 256
 
 _known: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
@@ -45,17 +50,55 @@ def records_digest(records: Iterable[Any]) -> str:
 
 
 def files_digest(files: Sequence[Path]) -> str:
-    """Return a digest of data files that contain their images."""
+    """Return a digest of data files that contain their images: of all their texts, and a look at the rest."""
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stored:
-            look_at(stored, file.stat().st_size, digest)
+        name = file.name.lower()
+        if name.endswith(".tar"):
+            _add_tar(file, digest)
+        elif name.endswith((".gz", ".tgz")):  # nothing in it can be found without reading it all
+            with file.open("rb") as stored:
+                digest.update(hashlib.file_digest(stored, "sha256").digest())
+        else:
+            with file.open("rb") as stored:
+                look_at(stored, file.stat().st_size, digest)
+            if name.endswith(".parquet"):
+                _add_texts(file, digest)
     return f"{len(files)} files, {digest.hexdigest()[:12]}"
+
+
+def _add_tar(file: Path, digest: Any) -> None:
+    """Add the names and sizes of all members, the texts among them, and the first bytes of the others."""
+    try:
+        with tarfile.open(file, "r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # it would keep the headers of all members
+                digest.update(f"{member.name} {member.size} ".encode())
+                content = archive.extractfile(member)
+                if content is not None:
+                    text = member.name.lower().endswith((".txt", ".json", ".caption", ".cls"))
+                    digest.update(content.read(_TEXT_OF_MEMBER if text else _FIRST_OF_MEMBER))
+    except (tarfile.TarError, OSError) as error:  # what is damaged is told when the rows are read
+        digest.update(str(error).encode())
+
+
+def _add_texts(file: Path, digest: Any) -> None:
+    """Add the columns of a parquet file that hold no bytes."""
+    try:
+        with pq.ParquetFile(file) as parquet:
+            names = [field.name for field in parquet.schema_arrow if "binary" not in str(field.type)]
+            for batch in parquet.iter_batches(1000, columns=names):
+                digest.update(json.dumps(batch.to_pydict(), default=repr, sort_keys=True).encode())
+    except (pa.ArrowException, OSError) as error:
+        digest.update(str(error).encode())
 
 
 def _told(value: Any) -> bytes:
     if isinstance(value, ImageSource):
-        return value.looked_at()
+        try:
+            return value.looked_at()
+        except BadRow as error:  # it is told, or left out, when the data are read
+            return str(error).encode()
     if isinstance(value, (list, tuple)):
         return b"".join(_told(item) for item in value)
     return f"{json.dumps(value, default=repr)} ".encode()
@@ -73,9 +116,12 @@ def _of_table(table: Any) -> str | None:
     if not hasattr(table, "with_format") or not hasattr(table, "__len__"):
         return None
     digest, raw = hashlib.sha256(), table.with_format("arrow")
+    parts = [raw]
     if table.data.nbytes > _LARGE_TABLE and len(table) > _ROWS_LOOKED_AT:
-        raw = raw.select([len(table) * place // _ROWS_LOOKED_AT for place in range(_ROWS_LOOKED_AT)])
-    for rows in raw.iter(batch_size=1000):
+        texts = [field.name for field in table.features.arrow_schema if "binary" not in str(field.type)]
+        looked_at = [len(table) * place // _ROWS_LOOKED_AT for place in range(_ROWS_LOOKED_AT)]
+        parts = [raw.select_columns(texts), raw.select(looked_at)]
+    for rows in (rows for part in parts for rows in part.iter(batch_size=16)):
         for row in rows.to_pylist():
             digest.update(json.dumps(row, default=repr, sort_keys=True).encode())
     return f"{len(table)} rows, {digest.hexdigest()[:12]}"

@@ -119,12 +119,13 @@ def _votes(cells: Cells) -> Preference | None:
     winner = str(cells.values[column] if cells.values[column] is not None else "").strip().lower()
     if not winner:
         return None  # nobody voted
-    if len(names) < 2:
-        raise BadRow(in_column(cells.where, _FIRST[0]), "a vote needs two images")
+    for group in (_FIRST, _SECOND):
+        if not cells.has(*group):
+            raise BadRow(in_column(cells.where, group[0]), "a vote needs two images")
     images = [cells.image(name) for name in names]
     if winner in _TIES:
         return Pair(cells.prompt(*PROMPT), images[0], images[1], confidence=0.5, where=cells.where)
-    wins = [winner in (*known, name.lower()) for known, name in zip(_SIDES, names, strict=True)]
+    wins = [winner in (*known, name.lower(), name[-1]) for known, name in zip(_SIDES, names, strict=True)]
     if wins not in ([True, False], [False, True]):
         raise BadRow(
             in_column(cells.where, column),

@@ -1,6 +1,7 @@
 """Folders of images, with captions in metadata files or beside each image."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,8 @@ from preference_data.images import BadRow
 from preference_data.places import lies_in
 from preference_data.rows import IMAGE_ENDINGS, TEXT_ENDINGS, UNREAD_ENDINGS, Row, ending_of, read_rows
 
+#: Names of the folders and files of a split.
+SPLITS = r"train|training|test|testing|validation|valid|val|dev|eval|evaluation|held_out"
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -18,12 +21,13 @@ class ImageFolder:
 
     The rows of the metadata, which any subfolder may have, come first, then the images that they do not list. If some rows
     of the metadata do not have one ``file_name`` each, only the metadata is given. ``other_files``: data files beside the
-    images that are not taken for data.
+    images that are not taken for data. ``given``: the folder that was named, of which this one is the split's.
     """
 
-    def __init__(self, folder: Path, other_files: Sequence[Path] = ()) -> None:
+    def __init__(self, folder: Path, other_files: Sequence[Path] = (), given: Path | None = None) -> None:
         self.name = str(folder)
         self.folder = self.root = folder
+        self.given = folder if given is None else given
         self.other_files = list(other_files)
         self.metadata = [found for below in folders_below(folder) if (found := metadata_in(below)) is not None]
         self.by_path = all(ending_of(file) in TEXT_ENDINGS for file in self.metadata)
@@ -32,19 +36,24 @@ class ImageFolder:
         listed: set[str] = set()
         has_file_names = True
         for file in self.metadata:
+            if not lies_in(file, self.root):
+                yield BadRow(str(file), f"it is a link to a file outside of the folder {self.root}")
+                continue
             for row in read_rows(file):
                 if isinstance(row, BadRow):
                     yield row
                     continue
                 name = row.values.get("file_name")
                 has_file_names = has_file_names and isinstance(name, str)
-                if isinstance(name, str):
-                    listed.add(os.path.normpath(file.parent / name))
-                yield replace(
+                row = replace(
                     row, values=rename_file_name_columns(row.values), within=self.root, caption_from=file.name
                 )
+                if isinstance(name, str):
+                    listed.add(os.path.realpath(file.parent / name))
+                    row = self._with_caption(row, file.parent / name)
+                yield row
         for image in self.images() if has_file_names else ():
-            if os.path.normpath(image) not in listed:
+            if os.path.realpath(image) not in listed:
                 yield self._row(image)
 
     def images(self) -> Iterator[Path]:
@@ -52,20 +61,36 @@ class ImageFolder:
         return (file for file in files_below(self.folder) if file.name.lower().endswith(IMAGE_ENDINGS))
 
     def _row(self, image: Path) -> Row | BadRow:
-        values: dict[str, Any] = {"image": image.name}
-        caption = image.with_suffix(".txt")
-        if caption.is_file():
-            if not lies_in(caption, self.root):
-                return BadRow(str(caption), f"the caption is a link to a file outside of the folder {self.root}")
-            try:
-                values["prompt"] = caption.read_text(encoding="utf-8-sig").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                return BadRow(str(caption), f"the caption cannot be read: {error}")
-        return Row(str(image), values, image.parent, self.root, caption_from=".txt")
+        return self._with_caption(Row(str(image), {"image": image.name}, image.parent, self.root), image)
+
+    def _with_caption(self, row: Row, image: Path) -> Row | BadRow:
+        """Return a row with the caption that stands beside its image, unless it has one."""
+        if any(row.values.get(name) is not None for name in ("prompt", "caption", "text")):
+            return row
+        caption = caption_beside(image)
+        if caption is None:
+            return row
+        if not lies_in(caption, self.root):
+            return BadRow(str(caption), f"the caption is a link to a file outside of the folder {self.root}")
+        try:
+            text = caption.read_text(encoding="utf-8-sig").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            return BadRow(str(caption), f"the caption cannot be read: {error}")
+        return replace(row, values=row.values | {"prompt": text}, caption_from=caption.suffix)
 
     def left_out(self, used: set[Path]) -> list[tuple[str, str]]:
         """List (reason, file) of what lies in the folder and is none of the data; ``used``: files of images that are."""
         listed = [("its rows are no images with captions", str(file)) for file in self.other_files]
+        for below in folders_below(self.folder):
+            unread = [
+                below / name
+                for name in METADATA_FILES
+                if (below / name).is_file() and below / name not in self.metadata
+            ]
+            listed += [("another metadata file of the folder is read", str(file)) for file in unread]
+        if self.given != self.folder:
+            elsewhere = [file for file in files_below(self.given) if not _in_a_split(file, self.given)]
+            listed += not_used(elsewhere, used, f"it is not in the folder {self.folder.name}")
         for below in folders_below(self.folder):
             listed += [
                 ("a link to a folder", str(item))
@@ -76,7 +101,7 @@ class ImageFolder:
 
     def first_without_caption(self) -> Path | None:
         """Return the first image that has no ``.txt`` beside it, or None. Opens no file."""
-        return next((image for image in self.images() if not image.with_suffix(".txt").is_file()), None)
+        return next((image for image in self.images() if caption_beside(image) is None), None)
 
 
 def folders_below(folder: Path) -> Iterator[Path]:
@@ -92,16 +117,26 @@ def files_below(folder: Path) -> Iterator[Path]:
         yield from sorted(file for file in below.iterdir() if file.is_file() and not file.name.startswith("."))
 
 
-def not_used(files: Iterable[Path], used: set[Path]) -> list[tuple[str, str]]:
+def caption_beside(image: Path) -> Path | None:
+    """Return the file with an image's caption, ``.txt`` or ``.caption`` in any case, if there is one."""
+    candidates = (image.with_suffix(ending) for ending in (".txt", ".caption", ".TXT", ".Txt"))
+    return next((file for file in candidates if file.is_file()), None)
+
+
+def _in_a_split(file: Path, folder: Path) -> bool:
+    return re.fullmatch(SPLITS, file.relative_to(folder).parts[0]) is not None
+
+
+def not_used(files: Iterable[Path], used: set[Path], reason: str = "no row names it") -> list[tuple[str, str]]:
     """List (reason, file) of the pictures among some files that are not used."""
-    names = {os.path.normpath(file) for file in used}
+    names = {os.path.realpath(file) for file in used}
     found = []
     for file in files:
         ending = file.suffix.lower()
         if ending in UNREAD_ENDINGS:
             found.append((f"{ending} is not read", str(file)))
-        elif ending in IMAGE_ENDINGS and os.path.normpath(file) not in names:
-            found.append(("no row names it", str(file)))
+        elif ending in IMAGE_ENDINGS and os.path.realpath(file) not in names:
+            found.append((reason, str(file)))
     return found
 
 

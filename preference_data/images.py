@@ -89,7 +89,7 @@ class ImageSource:
             raise BadRow(where, f"expected an image's path, found {shortened(value, 40)}: base64 must begin with data:")
         if not isinstance(value, (str, os.PathLike)):
             raise BadRow(where, f"expected an image (a path, bytes or a PIL image), found {type(value).__name__}")
-        path = Path(value).expanduser()
+        path = Path(value)
         return cls(where, path=path if folder is None else folder / path, within=within)  # an absolute path stays
 
     def check(self) -> None:
@@ -100,14 +100,16 @@ class ImageSource:
         """Return the size of the file in bytes, or -1 without a file; raise BadRow as :meth:`check` does."""
         if self.path is None:
             return -1
-        if self.within is not None and not lies_in(self.path, self.within):
-            raise BadRow(
-                self.where,
-                f"the image {self.path} lies outside of the data's folder {self.within}: set --image_folder to a folder that "
-                "it lies in",
-            )
         try:
+            if self.within is not None and not lies_in(self.path, self.within):
+                raise BadRow(
+                    self.where,
+                    f"the image {shortened(self.path)} lies outside of the data's folder {self.within}: set --image_folder to a "
+                    "folder that it lies in",
+                )
             size = self.path.stat().st_size
+        except BadRow:
+            raise
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
             raise BadRow(self.where, self._unreadable(error)) from None
         if not self.path.is_file():
@@ -156,8 +158,10 @@ class ImageSource:
         with self._header() as image:
             # Pillow looks for the orientation after a PNG's pixels too, and decodes all of them to get there: only if
             # there is one.
-            if image.format == "PNG" and not any(name in self.read() for name in ORIENTED_PNG):
-                return image.size
+            if image.format == "PNG":
+                content = self.read()
+                if not any(name in content for name in ORIENTED_PNG):
+                    return image.size
             return upright_size(image)
 
     def check_header(self) -> None:

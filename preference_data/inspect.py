@@ -272,6 +272,11 @@ def _open(arguments: argparse.Namespace, split: str) -> Records:
         return read_preferences(arguments.path, split, format=arguments.format, **common)
     except CaptionedNotPreferences:
         return read_captioned(arguments.path, split, **common)
+    except ValueError as error:
+        try:  # a file of preferences is looked for first, and images with captions may lie beside another one
+            return read_captioned(arguments.path, split, **common)
+        except ValueError:
+            raise error from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

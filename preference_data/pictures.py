@@ -14,7 +14,8 @@ ORIENTED_PNG = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 OPENED = 2
 _ORIENTATION = 0x0112  # the EXIF tag
 _SIDEWAYS = (5, 6, 7, 8)  # the tag's values that swap width and height
-_COLOURS = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # of an ICC profile, and the mode that it is for
+#: Colours of an ICC profile, and the modes that it is for.
+_COLOURS = {"RGB ": ("RGB", "RGBA", "P", "PA"), "GRAY": ("L", "LA", "1"), "CMYK": ("CMYK",)}
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -25,55 +26,60 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     the first.
     """
     image.load()
-    image = ImageOps.exif_transpose(image)
+    image, mode = ImageOps.exif_transpose(image), image.mode
     if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+        return Image.fromarray(_eight_bits(np.asarray(image), sixteen=mode.startswith("I;16"))).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        opaque = _to_srgb(image, image.convert("RGB")).convert("RGBA")
+        opaque = _to_srgb(image, image.convert("L" if mode == "LA" else "RGB"), mode).convert("RGBA")
         opaque.putalpha(image.getchannel("A"))
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), opaque).convert("RGB")
-    return _to_srgb(image, image)
+    return _to_srgb(image, image, mode)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Return the (width, height) that :func:`upright_rgb` gives, of an image that need not be decoded."""
     width, height = image.size
-    if image.format == "TIFF":  # Pillow gives the size of the turned image, and the tag as it was
+    if image.format == "TIFF" and _ORIENTATION in getattr(
+        image, "tag_v2", {}
+    ):  # Pillow gives the size of the turned image
         return width, height
     return (height, width) if image.getexif().get(_ORIENTATION) in _SIDEWAYS else (width, height)
 
 
-def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """Scale numbers of more than 8 bits, or from 0 to 1, to 0 to 255."""
+def _eight_bits(values: np.ndarray, sixteen: bool) -> np.ndarray:
+    """Scale numbers of 16 bits, or of more than 8 where that is not known, or from 0 to 1, to 0 to 255."""
     if values.dtype.kind == "f":
         values = np.nan_to_num(values)
         values = values * 255 if values.size and values.max() <= 1 else values
     else:
         values = values.astype(np.int64)
-        values = values // 257 if values.size and values.max() > 255 else values
+        values = values // 257 if sixteen or (values.size and values.max() > 255) else values
     return np.clip(values, 0, 255).astype(np.uint8)
 
 
-def _to_srgb(image: Image.Image, colours: Image.Image) -> Image.Image:
-    """Convert ``colours``, of the embedded profile of ``image``, to RGB in sRGB; as viewers do, a broken one is ignored."""
+def _to_srgb(image: Image.Image, colours: Image.Image, mode: str) -> Image.Image:
+    """Convert ``colours``, of the embedded profile of ``image``, to RGB in sRGB.
+
+    As viewers do, a profile that is broken, or not for images of this ``mode``, is ignored.
+    """
     profile = image.info.get("icc_profile")
-    transform, mode = _transform(profile) if isinstance(profile, bytes) and profile else (None, "RGB")
-    if transform is None:
+    transform, modes = _transform(profile) if isinstance(profile, bytes) and profile else (None, ())
+    if transform is None or mode not in modes:
         return colours.convert("RGB")
-    converted = ImageCms.applyTransform(colours.convert(mode), transform)
+    converted = ImageCms.applyTransform(colours.convert(modes[0]), transform)
     assert converted is not None
     return converted
 
 
 @lru_cache(maxsize=16)
-def _transform(profile: bytes) -> tuple[ImageCms.ImageCmsTransform | None, str]:
-    """Return what converts from an ICC profile to sRGB, and the mode it takes; None of sRGB itself, or of a broken one."""
+def _transform(profile: bytes) -> tuple[ImageCms.ImageCmsTransform | None, tuple[str, ...]]:
+    """Return what converts from an ICC profile to sRGB, and the modes it is for; None of sRGB itself, or of a broken one."""
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        mode = _COLOURS.get(opened.profile.xcolor_space)
-        if mode is None or "sRGB" in (opened.profile.profile_description or ""):
-            return None, "RGB"
-        return ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB"), mode
+        modes = _COLOURS.get(opened.profile.xcolor_space, ())
+        if not modes or "sRGB" in (opened.profile.profile_description or ""):
+            return None, ()
+        return ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), modes[0], "RGB"), modes
     except (ImageCms.PyCMSError, OSError, ValueError):
-        return None, "RGB"
+        return None, ()

@@ -10,8 +10,9 @@ def lies_in(path: str | Path, folder: str | Path) -> bool:
     real, root = os.path.realpath(path), _real(str(folder))
     if os.path.commonpath([real, root]) == root:
         return True
-    repository, snapshots, _ = root.partition(f"{os.sep}snapshots{os.sep}")
-    return bool(snapshots) and real.startswith(os.path.join(repository, "blobs") + os.sep)
+    repository, snapshots, _ = root.rpartition(f"{os.sep}snapshots{os.sep}")
+    of_hub = bool(snapshots) and os.path.basename(repository).startswith(("datasets--", "models--"))
+    return of_hub and real.startswith(os.path.join(repository, "blobs") + os.sep)
 
 
 @lru_cache(maxsize=256)
@@ -22,4 +23,5 @@ def _real(folder: str) -> str:
 def shortened(text: object, length: int = 120) -> str:
     """Return the beginning of a text that a message shows, on one line, and how long it is where that is not all."""
     shown = " ".join(str(text)[: 2 * length].split())
+    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in shown)
     return shown if len(str(text)) <= length else f"{shown[:length]}... ({len(str(text))} characters)"

@@ -131,7 +131,7 @@ def read_captioned(
     rows = _FirstRows(source)
     first = _first_row(rows, source.name, on_bad_row)
     if folder is not None and image_folder is not None:
-        raise ValueError(f"image_folder is for files with paths in them; {folder.name} contains the images")
+        folder.root = _existing(image_folder)  # links of the folder may lead there
     has_text_files = folder is not None and not folder.metadata
     if folder is not None and has_text_files and trigger is None and on_bad_row == "error":
         image = folder.first_without_caption()
@@ -181,13 +181,17 @@ def _first_row(rows: _FirstRows, source: str, on_bad_row: str) -> Row:
 def _bases(image_folder: str | Path | None, first: Row, split: str) -> list[Path | None]:
     """Return the folders where relative paths may start, the likeliest first; None is the data file's own folder."""
     if image_folder is not None:
-        folder = Path(image_folder).expanduser()
-        if not folder.is_dir():
-            raise FileNotFoundError(f"image_folder {image_folder} is not a folder")
-        return [folder]
+        return [_existing(image_folder)]
     if first.folder is None:
         return [None]
     return [None, first.folder / split, first.folder / "images", first.folder.parent]
+
+
+def _existing(image_folder: str | Path) -> Path:
+    folder = Path(image_folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"image_folder {image_folder} is not a folder")
+    return folder
 
 
 def _find_base(rows: _FirstRows, convert: Convert, bases: list[Path | None], on_bad_row: str) -> Path | None:

@@ -32,8 +32,9 @@ _NOT_JSON = (ValueError, RecursionError)  # a JSONDecodeError or UnicodeDecodeEr
 _PARQUET_ROWS = 16  # converted to Python objects at once
 _CHUNK = 1 << 20
 _BETWEEN = re.compile(r"[\s,\[\]\ufeff]*")  # between the objects of a JSON list
+csv.field_size_limit(1 << 26)  # a cell may be a data: URL
 _LONGEST_OBJECT = 1 << 26  # characters; limits the memory that a file of anything else than rows takes
-_LARGEST_MEMBER = 1 << 28  # bytes of a tar's member; nothing that a few bytes unpack to is larger
+_LARGEST_SAMPLE = 1 << 28  # bytes of a tar's members of one key; nothing that a few bytes unpack to is larger
 #: A row group of more bytes that is so many times smaller on the disk holds no images, and would fill the memory.
 _LARGE_GROUP, _TIMES_SMALLER = 1 << 28, 100
 
@@ -204,8 +205,10 @@ def _tar(file: Path) -> Iterator[Row | BadRow]:
                         yield sample_row(f"{file}, sample {_sample_name(key)!r}", members, file.parent)
                         last, count = key, count + 1
                     key, members = (folder, stem), {}
-                if member.size > _LARGEST_MEMBER:
-                    raise tarfile.ReadError(f"{member.name} has {member.size} bytes, more than {_LARGEST_MEMBER}")
+                if sum(map(len, members.values())) + member.size > _LARGEST_SAMPLE:
+                    raise tarfile.ReadError(
+                        f"{member.name} has {member.size} bytes: a sample has at most {_LARGEST_SAMPLE}"
+                    )
                 members[ending] = content.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, FileNotFoundError):

@@ -4,14 +4,21 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from preference_data.digests import data_digest
 from preference_data.hints import did_you_mean
-from preference_data.image_folders import METADATA_FILES, ImageFolder, metadata_in, not_used, rename_file_name_columns
+from preference_data.image_folders import (
+    METADATA_FILES,
+    SPLITS,
+    ImageFolder,
+    metadata_in,
+    not_used,
+    rename_file_name_columns,
+)
 from preference_data.images import BadRow
 from preference_data.places import lies_in
 from preference_data.rows import IMAGE_ENDINGS, READERS, TEXT_ENDINGS, Row, ending_of, read_rows, sample_row
@@ -77,16 +84,22 @@ class Renamed:
         self.name, self.by_path, self.source, self.columns = source.name, source.by_path, source, dict(columns)
 
     def __iter__(self) -> Iterator[Row | BadRow]:
-        for row in self.source:
+        for number, row in enumerate(self.source):
+            if number == 0 and isinstance(row, Row):
+                self.check(row)
             yield row if isinstance(row, BadRow) else replace(row, values=self._renamed(row))
 
     def _renamed(self, row: Row) -> dict[str, Any]:
+        kept = {name: value for name, value in row.values.items() if name not in self.columns.values()}
+        return kept | {new: row.values[old] for new, old in self.columns.items() if old in row.values}
+
+    def check(self, row: Row) -> None:
+        """Raise ValueError when a row, the first one, lacks a column that is named."""
         missing = next((old for old in self.columns.values() if old not in row.values), None)
         if missing is not None:
-            hint = did_you_mean(missing, list(row.values))
-            raise ValueError(f"{row.where} has no column {missing!r}, which --columns names.{hint}")
-        kept = {name: value for name, value in row.values.items() if name not in self.columns.values()}
-        return kept | {new: row.values[old] for new, old in self.columns.items()}
+            raise ValueError(
+                f"{row.where} has no column {missing!r}, which --columns names.{did_you_mean(missing, list(row.values))}"
+            )
 
 
 def parse_columns(words: Iterable[str]) -> dict[str, str]:
@@ -103,11 +116,12 @@ class InMemory:
 
     by_path = False
 
-    def __init__(self, name: str, dataset: Any) -> None:
+    def __init__(self, name: str, dataset: Any, within: Path | None = None) -> None:
         if hasattr(dataset, "keys"):
             raise ValueError(f"{name} has several splits, {', '.join(dataset.keys())}: pass one of them")
         self.name = name
         self.dataset = dataset
+        self.within = within
 
     def digest(self) -> str | None:
         """Return a digest of the data's content; None of a data set that streams."""
@@ -121,9 +135,12 @@ class InMemory:
                 number += 1
                 if "__key__" in values:  # the webdataset builder names columns after the members' endings
                     row = sample_row(f"{where}, sample {values['__key__']!r}", values, None)
-                    yield row if isinstance(row, BadRow) else replace(row, values=rename_file_name_columns(row.values))
+                    yield row if isinstance(row, BadRow) else self._contained(row)
                 else:
-                    yield Row(where, rename_file_name_columns(values), None)
+                    yield self._contained(Row(where, values, None))
+
+    def _contained(self, row: Row) -> Row:
+        return replace(row, values=rename_file_name_columns(row.values), within=self.within)
 
 
 def open_source(
@@ -150,7 +167,7 @@ def open_source(
     """
     if not isinstance(name, (str, os.PathLike)):
         return InMemory("the data set", name)
-    path = Path(name).expanduser()
+    path = _expanded(name)
     if path.is_file():
         if ending_of(path) is None:
             raise ValueError(f"cannot read rows from {name}: known endings are {', '.join(READERS)}")
@@ -163,7 +180,17 @@ def open_source(
     if path.is_absolute() or str(name).startswith((".", "~")) or ending_of(path) is not None:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise FileNotFoundError(f"{name} does not exist.{did_you_mean(path.name, siblings)}")
-    return InMemory(f"{name} ({split})", load_from_hub(str(name), split, config_name, streaming))
+    from datasets import config  # its cache is where files of a hub's data set lie
+
+    saved = load_from_hub(str(name), split, config_name, streaming)
+    return InMemory(f"{name} ({split})", saved, Path(config.HF_CACHE_HOME))
+
+
+def _expanded(name: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # there is no such user
+        return Path(name)
 
 
 def expand_pattern(pattern: str) -> list[Path]:
@@ -219,35 +246,35 @@ def load_from_hub(name: str, split: str, config_name: str | None = None, streami
 
 
 def _folder(path: Path, split: str, fits: Callable[[list[str]], bool]) -> Source:
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+    single = all((path / name).is_file() for name in ("state.json", "dataset_info.json"))
+    if single or (path / "dataset_dict.json").is_file():
         from datasets import load_from_disk  # what `save_to_disk` wrote
 
-        saved = load_from_disk(str(path if (path / "state.json").is_file() else path / split))
-        return InMemory(f"{path} ({split})", saved)
+        return InMemory(f"{path} ({split})", load_from_disk(str(path if single else path / split)), path)
     for folder in (path, path / "data", path / split):
-        files = [file for file in _data_files(folder) if _split_of(file.name, split) == split]
+        files = [file for file in _data_files(folder, fits) if _split_of(file.name, split) == split]
         if files:
             return _files(path, _one_kind(files))
     if metadata_in(path / split) is not None:
-        return ImageFolder(path / split)
-    splits = {_split_of(file.name, split) for folder in (path, path / "data") for file in _data_files(folder)}
+        return ImageFolder(path / split, given=path)
+    splits = {_split_of(file.name, split) for folder in (path, path / "data") for file in _data_files(folder, fits)}
     subfolders = [item.name for item in path.iterdir() if item.is_dir() and not item.name.startswith(".")]
-    splits |= {name for name in subfolders if re.fullmatch(_SPLITS, name)}
+    splits |= {name for name in subfolders if re.fullmatch(SPLITS, name)}
     found = ", ".join(sorted(filter(None, splits)))
     if found and not (path / split).is_dir() and metadata_in(path) is None:
         raise FileNotFoundError(f"{path} has no data for the split {split!r}. It has: {found}")
     places = [path / split, path, path / "data"]
-    if splits <= {split, None} and _has_images(path / name for name in subfolders if name != split):
-        places = [path]  # a subfolder among others that happens to have the name of a split
+    others = [path / name for name in subfolders if name != split]
+    if splits <= {split, None} and (_has_images(others) or any(map(_is_image, path.iterdir()))):
+        places = [path]  # a subfolder among other images that happens to have the name of a split
     for folder in places:
         if metadata_in(folder) is not None:
-            return ImageFolder(folder)
-        files = _one_kind(_data_files(folder))
-        images = folder.is_dir() and next(ImageFolder(folder).images(), None) is not None
-        if files and not (images and not _fitting(files, fits)):
+            return ImageFolder(folder, given=path)
+        files = _one_kind(_data_files(folder, fits))
+        if files:
             return _files(path, files)
-        if images:
-            return ImageFolder(folder, files)
+        if folder.is_dir() and next(ImageFolder(folder).images(), None) is not None:
+            return ImageFolder(folder, _data_files(folder), path)
     raise FileNotFoundError(f"{path} has no data: no file ending in {', '.join(READERS)}, and no image")
 
 
@@ -255,9 +282,13 @@ def _has_images(folders: Iterable[Path]) -> bool:
     return any(next(ImageFolder(folder).images(), None) is not None for folder in folders)
 
 
-def _fitting(files: Sequence[Path], fits: Callable[[list[str]], bool]) -> bool:
-    """Whether the first row of the first file has the columns that are looked for."""
-    row = next(iter(read_rows(files[0])), None)
+def _is_image(file: Path) -> bool:
+    return file.is_file() and file.name.lower().endswith(IMAGE_ENDINGS) and not file.name.startswith(".")
+
+
+def _fitting(file: Path, fits: Callable[[list[str]], bool]) -> bool:
+    """Whether the first row of a file has the columns that are looked for."""
+    row = next(iter(read_rows(file)), None)
     return isinstance(row, Row) and fits(list(rename_file_name_columns(row.values)))
 
 
@@ -268,18 +299,20 @@ def _files(root: Path, files: list[Path]) -> Files:
     return Files(str(files[0] if len(files) == 1 else files[0].parent), files, root)
 
 
-def _data_files(folder: Path) -> list[Path]:
+def _data_files(folder: Path, fits: Callable[[list[str]], bool] | None = None) -> list[Path]:
     """Return the files with rows directly in a folder, sorted.
 
-    They are not: hidden files, an image folder's metadata, and what stands beside an image of the same name.
+    They are not: hidden files, an image folder's metadata, the ``.json`` beside an image of the same name; nor, where the
+    folder has images, a file whose first row does not have the columns that ``fits`` looks for.
     """
     if not folder.is_dir():
         return []
     skip, names = _WITHOUT_ROWS.union(METADATA_FILES), [file.name for file in folder.iterdir()]
     images = {name.rpartition(".")[0] for name in names if name.lower().endswith(IMAGE_ENDINGS)}
     files = [folder / name for name in sorted(names) if ending_of(folder / name) and not name.startswith(".")]
-    beside = [file for file in files if file.name.partition(".")[0] in images or file.stem in images]
-    return [file for file in files if file.name not in skip and file not in beside and file.is_file()]
+    beside = [f for f in files if f.suffix == ".json" and (f.name.partition(".")[0] in images or f.stem in images)]
+    found = [file for file in files if file.name not in skip and file not in beside and file.is_file()]
+    return [file for file in found if fits is None or not images or _fitting(file, fits)]
 
 
 def _one_kind(files: list[Path]) -> list[Path]:
@@ -291,9 +324,6 @@ def _one_kind(files: list[Path]) -> list[Path]:
     return []
 
 
-_SPLITS = r"train|training|test|testing|validation|valid|val|dev|eval|evaluation|held_out"
-
-
 def _split_of(file: str, split: str) -> str | None:
     """Return the split that a data file's name begins with, ``split`` itself or a common one, or None.
 
@@ -301,6 +331,6 @@ def _split_of(file: str, split: str) -> str | None:
     `validation_unique.json`.
     """
     ending = next(ending for ending in READERS if file.lower().endswith(ending))
-    names = rf"{re.escape(split)}|(?:{_SPLITS})(?:_[a-z][a-z0-9_]*)?"
+    names = rf"{re.escape(split)}|(?:{SPLITS})(?:_[a-z][a-z0-9_]*)?"
     found = re.fullmatch(rf"(?:metadata-)?({names})(?:[-_.]\d.*)?", file[: -len(ending)])
     return found.group(1) if found else None

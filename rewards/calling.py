@@ -165,6 +165,10 @@ def _check_scores(reward: Reward, result: Any, expected: int) -> list[float]:
 
 def _check_extra(reward: Reward, name: Any, value: Any) -> list[float]:
     """Return an extra as numbers: one, or as many as the reward likes."""
+    if name in ("mean", "std", "unscored", "truncated"):
+        raise RewardError(
+            f"reward {reward.name!r} returned an extra {name!r}, which the log has of its scores: rename it"
+        )
     several = (
         hasattr(value, "__iter__") and getattr(value, "ndim", 1) > 0 and not isinstance(value, (str, bytes, Mapping))
     )

@@ -251,5 +251,5 @@ def plain_errors() -> Iterator[None]:
     """Enter a context in which a mistake in a config is answered with a sentence, not with a traceback."""
     try:
         yield
-    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"error: {redacted(str(error))}") from error

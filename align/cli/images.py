@@ -36,7 +36,7 @@ class SampleArguments:
     eval_dataset_name: str | None = setting(None, "Held-out data. Default: none.")
     eval_split: str = setting("test", "Split of the held-out data.")
     columns: list[str] | None = setting(
-        None, "The data's names of columns, as NAME=COLUMN: chosen=image_a rejected=image_b."
+        None, "The data's names of columns, as NAME=COLUMN: chosen=image_a rejected=image_b.", fixed_on_resume=True
     )
     image_folder: str | None = setting(
         None, "Where relative paths of images start and all images lie. Default: the data's folder, found."
@@ -105,7 +105,7 @@ class PreferenceDataArguments(SampleArguments):
     eval_dataset_name: str | None = setting(None, "Held-out preferences, for loss and accuracy. Default: none.")
     eval_split: str = setting("test", "Split of the held-out preferences.")
     dataset_format: str | None = setting(
-        None, "Their layout: pickapic, hpdv3, pairs, ranked, ... Default: by the columns."
+        None, "Their layout: pickapic, hpdv3, pairs, ranked, ... Default: by the columns.", fixed_on_resume=True
     )
     streaming: bool = setting(False, "Read a hub data set as it comes, without storing it.")
     pair_strategy: str = setting(

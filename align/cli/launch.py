@@ -14,6 +14,7 @@ from align.engine.trainer import FlowTrainer
 from align.models import families
 from align.models.contract import FlowModel, NotFinite
 from align.models.loading import nearest
+from preference_data.cache import CacheUnusable
 
 
 def load_model(arguments: ModelArguments) -> FlowModel:
@@ -86,7 +87,7 @@ def train_and_finish(
 ) -> None:
     """Train, export, and print what changed and where to look; a signal or a failing reward ends it resumably."""
     args = trainer.args
-    stops: tuple[type[Exception], ...] = (*trainer.stops, CheckpointError, NotFinite)
+    stops: tuple[type[Exception], ...] = (*trainer.stops, CheckpointError, NotFinite, CacheUnusable)
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=plan)

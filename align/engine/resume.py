@@ -81,10 +81,9 @@ def describe_inputs(
     fixed, free, held_out = {}, {}, [eval_dataset, eval_prompts, *(guard_datasets or {}).values()]
     if (digest := data_digest(train_dataset)) is not None:
         fixed[TRAINING_DATA] = digest
-    if digests := [digest for data in held_out if data is not None and (digest := data_digest(data)) is not None]:
-        free["held_out_data"] = digests
-    if rewards:
-        free["rewards"] = [reward.described() for reward in rewards]
+    digests = [data_digest(data) for data in held_out if data is not None]
+    free["held_out_data"] = [digest for digest in digests if digest is not None]
+    free["rewards"] = [reward.described() for reward in rewards]
     return Inputs(fixed, free)
 
 
@@ -309,5 +308,5 @@ def _log_differences(folder: Path, identity: dict[str, dict[str, Any]]) -> None:
 
 def _short(value: Any) -> str:
     """Write a value for a cell of a table."""
-    text = " ".join((", ".join(map(str, value)) if isinstance(value, list) else str(value)).split())
+    text = " ".join((", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)).split())
     return text if len(text) <= 60 else text[:57] + "..."

@@ -64,7 +64,8 @@ def _to_wandb(wandb: Any, step: int, grid: Path | None, rows: Sequence[dict[str,
     if rows:
         names = _columns(rows)
         shown["samples/scores"] = wandb.Table(columns=names, data=[[row.get(name) for name in names] for row in rows])
-    wandb.log(shown)
+    if len(shown) > 1:
+        wandb.log(shown)
 
 
 def _to_tensorboard(writer: Any, step: int, grid: Path | None, rows: Sequence[dict[str, Any]]) -> None:

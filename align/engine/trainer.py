@@ -68,7 +68,7 @@ class FlowTrainer(CheckpointingTrainer):
     #: What the seconds of a run are counted for.
     phases: tuple[str, ...] = ("data", "update")
     #: Errors that end a run with a checkpoint to resume from.
-    stops: tuple[type[Exception], ...] = (RewardError, NotMeasured, CacheUnusable)
+    stops: tuple[type[Exception], ...] = (RewardError, NotMeasured)
 
     def __init__(
         self,
@@ -155,9 +155,9 @@ class FlowTrainer(CheckpointingTrainer):
             named = trackers.named_run(self.args, resumed=plan.folder is not None)
             with named, self.metrics.models.attached(self.flow.timed_modules()):
                 return super().train(resume_from_checkpoint=plan.folder and str(plan.folder), **kwargs)
-        except NotFinite as error:  # what is in memory is not worth a checkpoint
+        except (NotFinite, CacheUnusable) as error:  # what is in memory is not worth a checkpoint, or others would wait
             good = checkpoints.last_good(Path(str(self.args.output_dir)))
-            raise NotFinite(
+            raise type(error)(
                 f"{error}: " + (f"the last good checkpoint is {good}" if good else "there is no checkpoint")
             ) from error
         except self.stops:

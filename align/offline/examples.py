@@ -52,6 +52,7 @@ class BucketSampler(Sampler):
         for index, bucket in enumerate(buckets):
             members.setdefault(bucket, []).append(index)
         self._members = [torch.tensor(indices) for indices in members.values()]
+        self._stream, self._given_out = self._all_batches(), 0  # batches of the stream that were taken
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -74,10 +75,13 @@ class BucketSampler(Sampler):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         first = self.epoch * self.batches
-        batches = itertools.islice(self._all_batches(), first, first + self.batches)
-        indices = (index for batch in batches for index in batch.tolist())
-        for place, index in enumerate(indices, first * self.batch_size):
-            yield index, place
+        if self._given_out > first:
+            self._stream, self._given_out = self._all_batches(), 0
+        for number in range(self._given_out, first + self.batches):
+            batch, self._given_out = next(self._stream), number + 1
+            if number >= first:
+                for place, index in enumerate(batch.tolist(), number * self.batch_size):
+                    yield index, place
 
 
 def draw_batch(

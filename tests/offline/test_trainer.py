@@ -195,6 +195,10 @@ def test_a_rare_shape_is_drawn_no_more_often_than_the_others(common, rare, batch
         for start in range(0, len(drawn), batch):
             assert len({buckets[index] for index in drawn[start : start + batch]}) == 1
         counts.update(drawn)
+        fresh = BucketSampler(buckets, batch, seed=0)
+        fresh.set_epoch(epoch)
+        next(iter(sampler))  # begun and left: an epoch may be asked for again
+        assert list(fresh) == list(sampler)
     drawn = [counts[index] for index in range(common + rare)]
     assert sum(drawn) == 24 * len(sampler) and max(drawn) - min(drawn) <= 2 + batch // min(common, rare)
 

@@ -60,6 +60,7 @@ def test_files_that_hold_their_images_are_looked_at(tmp_path, kind):
 
     first = write(f"a.{kind}", ["one", "two"])
     same = shutil.copy(first, tmp_path / f"b.{kind}")
+    # Its images differ too; another caption alone is told below.
     other = write(f"c.{kind}", ["one", "six"])
     digests = [data_digest(read_captioned(str(file))) for file in (first, same, other)]
     assert digests[0] == digests[1] != digests[2] and digests[0].startswith("1 files, ")
@@ -110,3 +111,33 @@ def test_what_cannot_be_known_is_not_guessed():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert data_digest(Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset()) is None
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "parquet"])
+def test_an_edited_caption_in_a_file_full_of_images_is_noticed(tmp_path, kind):
+    """A tar is filled up to whole blocks: its length says nothing."""
+    pictures = [noise((96, 96)) for _ in range(12)]
+    for picture in pictures:
+        picture.save(tmp_path / f"{pictures.index(picture)}.png")
+    contents = [(tmp_path / f"{n}.png").read_bytes() for n in range(12)]
+
+    def write(name, word):
+        captions = [f"{n} {word if n == 7 else 'cat'}" for n in range(12)]
+        if kind == "parquet":
+            return parquet(
+                tmp_path / name, [{"image": i, "prompt": c} for i, c in zip(contents, captions, strict=True)]
+            )
+        pairs = enumerate(zip(contents, captions, strict=True))
+        members = [member for n, (i, c) in pairs for member in ((f"{n}.png", i), (f"{n}.txt", c))]
+        return tar(tmp_path / name, members, "w:gz" if kind == "tar.gz" else "w")
+
+    digests = [data_digest(read_captioned(str(write(f"{n}.{kind}", word)))) for n, word in enumerate(("cat", "dog"))]
+    assert digests[0] != digests[1]
+
+
+def test_every_text_of_a_large_table_counts(monkeypatch):
+    monkeypatch.setattr("preference_data.digests._LARGE_TABLE", 10)
+    rows = {"prompt": [f"p{n}" for n in range(600)]}
+    assert data_digest(Dataset.from_dict(rows)) != data_digest(
+        Dataset.from_dict({"prompt": ["p0", "p1", "p2", "x", *rows["prompt"][4:]]})
+    )

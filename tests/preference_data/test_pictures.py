@@ -61,6 +61,7 @@ WAYS = {
     "jpeg": lambda n: saved(PICTURE, "JPEG", exif=exif(n), quality=100),
     "webp": lambda n: saved(PICTURE, "WEBP", exif=exif(n), lossless=True),
     "tiff": lambda n: saved(PICTURE, "TIFF", tiffinfo={0x0112: n}),
+    "tiff, xmp": lambda n: saved(PICTURE, "TIFF", tiffinfo={700: f'<x tiff:Orientation="{n}"/>'.encode()}),
     "tiff, compressed": lambda n: saved(PICTURE, "TIFF", tiffinfo={0x0112: n}, compression="tiff_lzw"),
     "avif": lambda n: saved(PICTURE, "AVIF", exif=exif(n), quality=100),
     "png": lambda n: saved(PICTURE, "PNG", exif=exif(n)),
@@ -115,6 +116,7 @@ def icc_profile(primaries: tuple[tuple[float, ...], ...], gamma: float) -> bytes
 #: Adobe RGB (1998), adapted to D50, and its gamma.
 ADOBE = ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457))
 ADOBE_GAMMA = 563 / 256
+GREY_PROFILE = icc_profile(ADOBE, ADOBE_GAMMA).replace(b"mntrRGB ", b"mntrGRAY").replace(b"rTRC", b"kTRC")
 #: XYZ (D50) to linear sRGB (Bruce Lindbloom).
 TO_SRGB = np.array(
     [[3.1338561, -1.6168667, -0.4906146], [-0.9787684, 1.9161415, 0.0334540], [0.0719453, -0.2289914, 1.4052427]]
@@ -156,14 +158,15 @@ def test_a_broken_profile_leaves_the_colours_as_they_are(profile):
 
 def test_a_profile_of_other_colours_than_the_image_has_is_no_harm():
     grey = Image.new("L", (4, 4), 100)
-    opened = source(saved(grey, "PNG", icc_profile=icc_profile(ADOBE, ADOBE_GAMMA))).open()
-    assert np.abs(np.array(opened.getpixel((0, 0))) - in_srgb((100, 100, 100))).max() <= 2
+    assert source(saved(grey, "PNG", icc_profile=icc_profile(ADOBE, ADOBE_GAMMA))).open().getpixel((0, 0)) == (100,) * 3
+    assert source(saved(PICTURE, "PNG", icc_profile=GREY_PROFILE)).open().getpixel((0, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize(
     ("image", "expected"),
     [
         (Image.fromarray(np.full((4, 4), 40000, np.uint16)), 155),  # 40000 / 257
+        (Image.fromarray(np.full((4, 4), 200, np.uint16)), 0),  # as dark as it is, and not 200 of 255
         (Image.fromarray(np.full((4, 4), 0.5, np.float32)), 127),
         (Image.fromarray(np.full((4, 4), 200.0, np.float32)), 200),
         (Image.fromarray(np.full((4, 4), np.nan, np.float32)), 0),
@@ -172,7 +175,7 @@ def test_a_profile_of_other_colours_than_the_image_has_is_no_harm():
         (Image.new("LA", (4, 4), (0, 127)), 128),
         (Image.new("P", (4, 4), 0), 0),
     ],
-    ids=["16 bits", "0 to 1", "float", "nan", "cmyk", "bilevel", "grey with alpha", "palette"],
+    ids=["16 bits", "dark 16 bits", "0 to 1", "float", "nan", "cmyk", "bilevel", "grey with alpha", "palette"],
 )
 def test_every_mode_becomes_rgb(image, expected):
     opened = ImageSource("here", picture=image).open()

@@ -244,10 +244,10 @@ def test_a_sample_nested_too_deep_is_bad(tmp_path):
 
 
 def test_a_tar_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr("preference_data.rows._LARGEST_MEMBER", 1 << 20)
+    monkeypatch.setattr("preference_data.rows._LARGEST_SAMPLE", 1 << 20)
     good = ("a.json", {"n": 1})
     (first, message) = read(tar(tmp_path / "a.tar.gz", [good, ("b.png", b"\0" * (1 << 21)), ("c.json", {})], "w:gz"))
-    assert first == {"n": 1} and "b.png has 2097152 bytes, more than 1048576" in message
+    assert first == {"n": 1} and "b.png has 2097152 bytes: a sample has at most 1048576" in message
 
 
 def test_a_parquet_file_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path, monkeypatch):

@@ -263,8 +263,20 @@ def captions_of(name, **settings) -> list[str]:
         {"a.png.json": {"image": "a.png", "caption": "an old caption"}},
         {"settings.json": {"resolution": 1024, "repeats": 10}},
         {"notes.jsonl": {"prompt": "no image here"}, "rows.csv": {"x": 1}},
+        {"train.json": {"lr": 1}, "val.csv": {"x": 1}, "training.json": {}},
+        {"train_config.json": {"lr": 1}, "test_prompts.json": {"p": 1}, "eval_results.json": {}},
+        {"state.json": {"step": 3}},
     ],
-    ids=["beside each image", "beside one image", "of gallery-dl", "settings", "notes"],
+    ids=[
+        "beside each image",
+        "beside one image",
+        "of gallery-dl",
+        "settings",
+        "notes",
+        "like a split",
+        "like a split's part",
+        "a trainer's state",
+    ],
 )
 def test_a_stray_file_does_not_turn_an_image_folder_into_something_else(folder, stray):
     save(folder, "a.png", "b.png", "c.png")
@@ -411,3 +423,72 @@ def test_links_to_the_blobs_of_a_hub_snapshot_are_its_files(tmp_path):
     (snapshot / "1.txt").write_text("another")
     with pytest.raises(BadRow, match="outside of the data's folder"):
         list(read_captioned(snapshot))
+
+
+def test_images_beside_a_split_are_told_as_left_out(folder):
+    save(folder, "train/a.png", "val/b.png", "extra/c.png", "d.png")
+    for name in ("train/a", "val/b", "extra/c", "d"):
+        (folder / f"{name}.txt").write_text(name)
+    data = read_captioned(folder)
+    assert [record.prompt for record in data] == ["train/a"]
+    left_out = data.source.left_out({folder / "train/a.png"})
+    assert left_out == [("it is not in the folder train", str(folder / name)) for name in ("d.png", "extra/c.png")]
+
+
+def test_a_lone_train_beside_images_is_one_of_the_folders(folder):
+    save(folder, "train/a.png", "b.png")
+    for name in ("train/a", "b"):
+        (folder / f"{name}.txt").write_text(name)
+    assert captions_of(folder) == ["b", "train/a"]
+
+
+@pytest.mark.parametrize("way", ["relative", "link", "plain"])
+def test_an_image_that_metadata_names_in_full_comes_once(folder, monkeypatch, way, tmp_path):
+    save(folder, "a.png", "b.png")
+    rows = [{"file_name": str(folder / f"{name}.png"), "prompt": name} for name in "ab"]
+    json_lines(folder / "metadata.jsonl", rows)
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder.parent)
+    name = {"relative": folder.name, "link": tmp_path / "link", "plain": folder}[way]
+    assert captions_of(name, trigger="T") == ["T, a", "T, b"]
+
+
+@pytest.mark.parametrize("ending", [".txt", ".TXT", ".caption"])
+def test_captions_may_stand_in_any_usual_file_beside_the_image(folder, ending):
+    save(folder, "a.png", "b.png")
+    (folder / f"a{ending}").write_text("beside a")
+    (folder / f"b{ending}").write_text("beside b")
+    assert captions_of(folder, trigger="T") == ["T, beside a", "T, beside b"]
+    json_lines(folder / "metadata.jsonl", [{"file_name": "a.png", "quality": 3}])
+    assert captions_of(folder) == ["beside a", "beside b"]
+
+
+def test_metadata_that_is_a_link_out_of_the_folder_is_not_read(folder, tmp_path):
+    save(folder, "a.png")
+    json_lines(tmp_path / "secret.jsonl", [{"file_name": "a.png", "prompt": "SECRET"}])
+    (folder / "metadata.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    with pytest.raises(BadRow, match="is a link to a file outside of the folder"):
+        captions_of(folder)
+
+
+def test_a_saved_data_set_names_no_image_outside_of_its_folder(folder, tmp_path):
+    rows = [{"image": outside(folder, tmp_path), "prompt": "x"}]
+    Dataset.from_list(rows).save_to_disk(folder / "saved")
+    with pytest.raises(BadRow, match="outside of the data's folder"):
+        captions_of(folder / "saved")
+
+
+@pytest.mark.parametrize("name", ["~nobody9/a.png", "a\0.png", "\ud800.png", "~a.png"])
+def test_a_name_that_no_file_can_have_is_a_bad_row(folder, name):
+    """It was a traceback, and `skip` did not skip it."""
+    save(folder, "b.png")
+    file = json_lines(folder / "a.jsonl", [{"image": "b.png", "prompt": "b"}, {"image": name, "prompt": "a"}])
+    assert captions_of(file, on_bad_row="skip") == ["b"]
+
+
+def test_a_column_that_some_rows_lack_is_missing_there_alone(folder):
+    save(folder, "a.png", "b.png")
+    file = json_lines(
+        folder / "a.jsonl", [{"im": "a.png", "prompt": "a"}, {"prompt": "no image"}, {"im": "b.png", "prompt": "b"}]
+    )
+    assert captions_of(file, columns={"image": "im"}, on_bad_row="skip") == ["a", "b"]

@@ -435,5 +435,11 @@ def test_an_extra_that_is_no_number_is_refused_by_its_name(extra):
         scores_of(returning(([0.0] * len(IMAGES), {"odd": extra})))
 
 
+@pytest.mark.parametrize("name", ["mean", "std", "unscored", "truncated"])
+def test_an_extra_does_not_take_the_name_of_what_is_logged_of_the_scores(name):
+    with pytest.raises(RewardError, match="which the log has of its scores: rename it"):
+        scores_of(returning(([0.0] * len(IMAGES), {name: 1.0})))
+
+
 def test_two_scores_in_a_tuple_are_two_scores():
     assert scores_of(returning((0.25, 0.5)), images=IMAGES[:2], prompts=PROMPTS[:2])[0] == [[0.25, 0.5]]
