@@ -325,6 +325,20 @@ def test_normalised_rewards_that_contradict_each_other_make_a_dead_group_and_a_s
     assert found.informative.all() and found.advantages.argmax() == 1
 
 
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_batch_with_a_single_score_is_dead_and_no_nan(aggregation, scale):
+    """A reward service that fails on all images but one would make every weight NaN: one value has no std."""
+    found = group_advantages(torch.tensor([NAN, 0.7, NAN, NAN]), 2, scale_rewards=scale, aggregation=aggregation)
+    assert found.advantages.tolist() == [0.0] * 4 and found.dead_groups == 1.0
+
+
+def test_two_rewards_that_cancel_but_for_the_rounding_of_the_larger_are_dead():
+    """1000000.0625 is the next float32 number after a million: a network says it of the same image."""
+    rewards = torch.tensor([[1000000.0625, 0.0], [0.0, 1e6]], dtype=torch.float64)
+    assert not group_advantages(rewards, 2).informative.any() and not best_worst(rewards, 2).informative.any()
+
+
 # --- Scaling and clipping ---
 
 

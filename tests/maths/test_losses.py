@@ -334,6 +334,9 @@ def test_an_image_that_is_fitted_exactly_gives_a_loss_of_0_and_not_nan():
     loss = nft_loss(velocity, target, target, torch.tensor([0.5]), torch.tensor([0.5]), 1.0).loss
     loss.sum().backward()
     assert loss.item() == 0 and velocity.grad.tolist() == [[0.0] * 4]
+    # Below 1e-5 the size is 1e-5, as in the authors' code: both errors are 0.5 x 4e-6, 4e-12 / 1e-5 each.
+    near = nft_loss(target + 4e-6, target + 4e-6, target, torch.tensor([0.5]), torch.tensor([0.5]), 1.0).loss
+    assert near.item() == pytest.approx(4e-7, rel=0.1)  # 1 + 4e-6 in float32
 
 
 @pytest.mark.parametrize("adaptive", [False, True])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from matching_runs import settings
+from matching_runs import settings, shifted
 from PIL import Image
 
 from align.engine.matching import MatchingBatch
@@ -15,14 +15,6 @@ from preference_data.buckets import Bucket
 from preference_data.images import ImageSource
 
 CPU = torch.device("cpu")
-
-
-def stock_shift(store: LatentStore, sigma: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The shift of noise levels at a resolution, by the scheduler's settings and the formula of its paper."""
-    config = store.model.pipeline.scheduler.config
-    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-    mu = torch.tensor(config.base_shift + slope * (tokens - config.base_image_seq_len))
-    return mu.exp() * sigma / (1 + (mu.exp() - 1) * sigma)
 
 
 @pytest.fixture(scope="module")
@@ -39,21 +31,12 @@ def config(tmp_path, **overrides) -> SFTConfig:
     return SFTConfig(**settings(tmp_path, **overrides))
 
 
-def drawn(store, example, args, places=range(600)) -> MatchingBatch:
+def drawn(store, example, args, places) -> MatchingBatch:
     return draw_batch([(example, place) for place in places], store, args, CPU)
 
 
 def held_out(store, example, args, row=0) -> MatchingBatch:
     return held_out_batch(example, row, store, args, CPU)
-
-
-def test_training_noise_levels_are_logit_normal_and_shifted_as_in_sampling(store, example, tmp_path):
-    """Unshifted, a large image is trained at levels at which it is hardly noised, and not at those it is sampled at."""
-    sigma = drawn(store, example, config(tmp_path, logit_mean=0.4, logit_std=0.7)).sigma
-    share = torch.tensor([0.1, 0.5, 0.9])
-    expected = stock_shift(store, torch.sigmoid(0.4 + 0.7 * torch.distributions.Normal(0, 1).icdf(share)), tokens=16)
-    assert (sigma.quantile(share) - expected).abs().max() < 0.03
-    assert expected[1] - torch.sigmoid(torch.tensor(0.4)) > 0.2
 
 
 def test_every_example_is_trained_at_noise_and_a_level_of_its_own_that_the_seed_and_its_place_decide(
@@ -86,7 +69,7 @@ def test_held_out_levels_lie_in_the_middle_of_equal_parts_and_are_shifted(store,
     """At a level of 1, which is pure noise, there is nothing to predict; and names in the log would be of other levels."""
     batch = held_out(store, example, config(tmp_path, eval_sigmas=levels))
     middles = torch.tensor([0.5] if levels == 1 else [0.1, 0.3, 0.5, 0.7, 0.9])
-    torch.testing.assert_close(batch.sigma, stock_shift(store, middles, tokens=16))
+    torch.testing.assert_close(batch.sigma, shifted(middles))
     assert batch.latents.shape == (levels, 1, 16, 64) and batch.requests == [example.request] * levels
 
 

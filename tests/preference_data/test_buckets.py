@@ -63,6 +63,8 @@ def test_cropping_is_what_stands_over():
     picture = Image.fromarray(np.repeat(np.arange(200, dtype=np.uint8)[None], 100, 0)).convert("RGB")
     kept = np.asarray(fit(picture, Bucket(100, 100)))[50, :, 0]
     assert (kept == np.arange(50, 150)).all()  # the middle, as it was
+    kept = np.asarray(fit(picture.transpose(Image.Transpose.TRANSPOSE), Bucket(100, 100)))[:, 50, 0]
+    assert (kept == np.arange(50, 150)).all()  # of a tall image too: faces would lose their foreheads
 
 
 @pytest.mark.parametrize(

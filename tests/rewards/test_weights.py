@@ -27,6 +27,7 @@ def test_a_reward_whose_weights_are_all_zero_is_only_measured():
 def test_a_reward_that_weighs_only_by_its_default_is_trained_on():
     """Taken for a measured one, it would be refused as nothing to train on, or left out of the images' sum."""
     assert load({"by": "category", "text": 0, "default": 1}).weight
+    assert load({"by": "category", "text": 0, "photo": 1}).weight
     assert not load({"by": "category", "text": 0, "default": 0}).weight
 
 
