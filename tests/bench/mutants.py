@@ -6,8 +6,7 @@
 A mutant is one change in a copy of the checkout: of a comparison, an operator, a number, a `not`, an `and`, a `min`, two
 arguments, or a keyword argument or call that is dropped. The tests of its module (TESTS, the quickest first) run on it up to
 their first failure. A mutant that none of them notices survives and is printed with its place: it is a behaviour that nothing
-pins, or a change that changes nothing. Messages and annotations are left as they are. All libraries are imported once, and
-each mutant runs in a fork of that process.
+pins, or a change that changes nothing. Messages and annotations are left as they are. Each mutant runs in a fork.
 """
 
 import argparse
@@ -39,7 +38,7 @@ TESTS = {
     "align/maths/losses.py": ("tests/maths/test_losses.py",),
     "align/online/buffers.py": ("tests/online/test_buffers.py",),
     "align/online/pairs.py": ("tests/online/test_pairs.py",),
-    "align/sampling/noise.py": ("tests/sampling/test_rollout.py", "tests/online/test_buffers.py"),
+    "align/sampling/noise.py": ("tests/sampling/test_noise.py", "tests/sampling/test_rollout.py"),
     "align/sampling/rollout.py": ("tests/sampling/test_rollout.py",),
     "align/sampling/held_out.py": ("tests/sampling/test_held_out.py", "tests/parallel/test_agreement.py"),
     "align/offline/examples.py": OFFLINE,
@@ -153,9 +152,9 @@ def passes(tree: Path, tests: tuple[str, ...]) -> bool:
             os.chdir(tree)
             sys.path.insert(0, str(tree))
             os.environ |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-            pytest = importlib.import_module("pytest")
+            os.environ["PYTEST_XDIST_WORKER"] = "alone"  # for tests/conftest.py: one thread
             options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={tree.parent / 'tests'}"]
-            os._exit(int(pytest.main([*options, *tests])))
+            os._exit(int(importlib.import_module("pytest").main([*options, *tests])))
         finally:
             os._exit(99)
     started = time.monotonic()

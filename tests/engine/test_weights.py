@@ -2,16 +2,18 @@
 
 import pytest
 import torch
-from matching_runs import sft
+from matching_runs import GROUNDED, sft
 from safetensors.torch import load_file, save_file
 from scaled import largest_difference
 
 from align.engine.weights import EMA_WEIGHTS, WEIGHTS, WeightCopy, load_trained, trained_parameters
+from preference_data.readers import read_captioned
 
 
 def test_the_moving_average_keeps_the_share_that_ema_decay_says(tmp_path):
     """By hand from the weights of every update. Of another share, what is evaluated and exported is another model."""
-    run = sft(tmp_path, ema_decay=0.2, max_steps=4, learning_rate=1e-2, save_strategy="steps", save_steps=1)
+    data, saving = list(read_captioned(GROUNDED))[:8], {"save_strategy": "steps", "save_steps": 1}
+    run = sft(tmp_path, data, ema_decay=0.2, max_steps=4, learning_rate=1e-2, **saving)
     run.train()
     saved = [load_file(tmp_path / f"checkpoint-{n}" / WEIGHTS) for n in (1, 2, 3, 4)]
     average = saved[0]

@@ -246,16 +246,15 @@ def test_held_out_dpo_figures_equal_hand_numbers(tmp_path):
 def test_held_out_sft_figures_equal_hand_numbers(tmp_path):
     """As for DPO: the standard error is of images, and each level's loss has its own name."""
     values = torch.tensor([[[1.0], [3.0]], [[2.0], [6.0]]], dtype=torch.float64)
-    found = sft(tmp_path, eval_sigmas=2).held_out_summary(values, "eval")
+    found = sft(tmp_path, list(read_captioned(GROUNDED))[:4], eval_sigmas=2).held_out_summary(values, "eval")
     expected = {"eval_loss": 3.0, "eval_loss_se": 1.0, "eval_loss_at_0.25": 1.5, "eval_loss_at_0.75": 4.5}
     assert found == pytest.approx(expected)
 
 
 def test_the_order_of_the_images_is_that_of_data_seed_and_their_noise_that_of_seed(tmp_path):
     """Without it no two seeds could be compared on the same data, or one seed on other data."""
-    runs = [
-        sft(tmp_path / str(n), **seeds) for n, seeds in enumerate(({}, {"data_seed": 8}, {"data_seed": 8, "seed": 4}))
-    ]
+    data, all_seeds = list(read_captioned(GROUNDED))[:12], ({}, {"data_seed": 8}, {"data_seed": 8, "seed": 4})
+    runs = [sft(tmp_path / str(n), data, **seeds) for n, seeds in enumerate(all_seeds)]
     one, other, third = (list(run._get_train_sampler()) for run in runs)
     assert one != other == third
     batches = [run._prepare_inputs([(run.train_dataset.examples[0], 0)]) for run in runs]

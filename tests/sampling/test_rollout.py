@@ -42,6 +42,14 @@ def test_every_image_of_a_group_has_noise_of_its_own(tiny):
         assert distance.min() > 1e-2
 
 
+def test_no_step_of_an_image_injects_noise_that_it_has_seen_before(tiny):
+    """Its initial noise once more, or one noise in every step, would add up: what is explored would be a single direction."""
+    drawn = rollout(tiny, REQUESTS[:2], KEYS[:2], PLAN)
+    noises = [drawn.transitions[0].latents, *((r.next_latents - r.mean) / r.std for r in drawn.transitions)]
+    correlation = torch.corrcoef(torch.cat([noise.flatten(1) for noise in noises])) - torch.eye(12)
+    assert correlation.abs().max() < 0.15  # five standard errors of 1024 values
+
+
 def test_a_shared_start_shares_the_initial_noise_only(tiny):
     keys = [ImageKey(0, 4, i // 3, i % 3, start=0) for i in range(6)]
     drawn = rollout(tiny, REQUESTS, keys, PLAN)
