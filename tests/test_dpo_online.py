@@ -182,6 +182,14 @@ def test_the_loss_is_that_of_plain_diffusers_calls(tmp_path):
         assert run.compute_loss(run.model, batch).item() == pytest.approx(sum(expected) / 4, abs=1e-6)
 
 
+def test_a_process_without_a_pair_keeps_in_step_and_trains_nothing(tmp_path):
+    """On several GPUs it would train on a picture of zeros, or leave the others waiting for its gradients."""
+    run = trainer(tmp_path)
+    loss = run._keep_in_step(run.model)
+    loss.backward()
+    assert loss.item() == 0 and all(p.grad is not None and not p.grad.any() for p in run.trained_parameters().values())
+
+
 def test_the_second_rollout_is_drawn_by_the_trained_policy(tmp_path):
     still, moving = (trainer(tmp_path / str(rate), learning_rate=rate) for rate in (0.0, 1e-2))
     for run in (still, moving):
