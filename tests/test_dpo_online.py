@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,11 @@ def test_every_pair_of_every_pass_has_noise_of_its_own_and_shares_it_between_its
     assert len({sigma for batch in noised for sigma in batch.sigma.tolist()}) == 8
     places = [place for batch in batches for place in batch.places]
     assert sorted(places) == [(0, number, group) for number in (0, 1) for group in range(4)]
+    later = run.noised(
+        replace(batches[0], places=[(1, *place[1:]) for place in batches[0].places])
+    )  # the next rollout's
+    assert not torch.isin(later.sigma, noised[0].sigma).any()
+    assert (later.noise - noised[0].noise).abs().amax((1, 2)).min() > 0.1
     again = run.noised(run._buffer.micro_batch(1))
     assert torch.equal(again.noise, noised[1].noise) and torch.equal(again.sigma, noised[1].sigma)
 
@@ -174,6 +180,14 @@ def test_the_loss_is_that_of_plain_diffusers_calls(tmp_path):
             assert abs(30 * margin) > 0.01
             expected.append(math.log(1 + math.exp(30 * margin)))
         assert run.compute_loss(run.model, batch).item() == pytest.approx(sum(expected) / 4, abs=1e-6)
+
+
+def test_a_process_without_a_pair_keeps_in_step_and_trains_nothing(tmp_path):
+    """On several GPUs it would train on a picture of zeros, or leave the others waiting for its gradients."""
+    run = trainer(tmp_path)
+    loss = run._keep_in_step(run.model)
+    loss.backward()
+    assert loss.item() == 0 and all(p.grad is not None and not p.grad.any() for p in run.trained_parameters().values())
 
 
 def test_the_second_rollout_is_drawn_by_the_trained_policy(tmp_path):
@@ -293,6 +307,12 @@ def test_a_run_goes_on_with_other_micro_batches_but_not_as_another_run(tmp_path)
 def test_a_wrong_setting_is_named(tmp_path, wrong, message):
     with pytest.raises(ValueError, match=message):
         OnlineDPOConfig(**settings(tmp_path, **wrong)).check_world(1)
+
+
+def test_a_pass_is_as_many_micro_batches_as_the_processes_share(tmp_path):
+    """Else every process would take all of the pairs, and a rollout would be trained on once for each of them."""
+    args = OnlineDPOConfig(**settings(tmp_path, per_device_train_batch_size=1, num_iterations=3))
+    assert [args.micro_batches_per_pass(n) for n in (1, 2, 4)] == [4, 2, 1] and args.micro_batches_per_rollout(2) == 6
 
 
 def test_what_does_not_fit_together_is_said_before_the_model_is_loaded(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from asking import ask
 from brightness import score as brightness
 from datasets import Dataset
-from group_runs import history, prompts_of, weights
+from group_runs import history, prompts_of, some_scored, weights
 from peft import LoraConfig
 from safetensors.torch import load_file
 from scaled import largest_difference, loaded_by_stock
@@ -186,6 +187,25 @@ def test_equal_seeds_make_equal_runs_and_others_do_not(tmp_path):
         run.train()
     assert largest_difference(weights(runs[0]), weights(runs[1])) == 0
     assert largest_difference(weights(runs[0]), weights(runs[2])) > 0
+
+
+def test_every_rollout_draws_other_images_though_the_policy_and_the_prompts_stay(tmp_path):
+    """With one noise for all rollouts a run would see the same few images of every prompt for ever."""
+    run = trainer(tmp_path, data=PROMPTS.select(range(1)), learning_rate=0.0, generation_batch_size=4, max_steps=3,
+                  per_device_train_batch_size=8)  # fmt: skip
+    run.train()
+    assert len(set(history(run, "reward"))) == 3
+
+
+def test_the_order_of_the_prompts_is_that_of_data_seed_and_the_rest_that_of_seed(tmp_path):
+    """Without it no two seeds could be compared on the same data, or one seed on other data."""
+    prompts = {}
+    for name, seeds in {"a": {}, "b": {"data_seed": 8}, "c": {"data_seed": 8, "seed": 4}}.items():
+        run = trainer(tmp_path / name, max_steps=1, **seeds)
+        run.train()
+        prompts[name] = (prompts_of(run._buffer), history(run, "reward"))
+    assert prompts["a"][0] != prompts["b"][0] == prompts["c"][0]
+    assert prompts["b"][1] != prompts["c"][1]
 
 
 def test_several_passes_move_the_ratio_and_the_clip_holds_it(tmp_path):
@@ -465,6 +485,20 @@ def test_a_reward_that_says_nothing_for_several_rollouts_raises_an_alarm(tmp_pat
     ]
 
 
+def test_the_alarm_is_of_rollouts_in_a_row_in_which_every_group_was_dead(tmp_path, caplog):
+    """Half of the groups without a difference is usual near the end of a run: it must not cry wolf, nor for two runs."""
+    said = "had nothing to learn from"
+    some = trainer(tmp_path / "some", [some_scored], data=PROMPTS.select([0, 1]), max_steps=5)
+    some.train()
+    assert history(some, "dead_groups") == [0.5] * 5 and said not in caplog.text
+    none = trainer(tmp_path / "none", [lambda images, prompts: [None] * len(images)], max_steps=3)
+    none.train()
+    none.train()  # six in all, but three in a row
+    assert said not in caplog.text
+    trainer(tmp_path / "long", [lambda images, prompts: [None] * len(images)], max_steps=5).train()
+    assert caplog.text.count(f"the last 5 rollouts {said}") == 1
+
+
 def test_weights_that_go_by_a_column_reach_the_advantages(tmp_path):
     """The reward weighs nothing for one of the two prompts of every rollout: that group is dead, the other is not."""
     data = PROMPTS.select(range(2)).map(lambda row, n: {"kind": ["one", "other"][n]}, with_indices=True)
@@ -561,3 +595,17 @@ def test_a_run_keeps_its_rollouts_as_a_ranked_data_set(tmp_path):
         assert row.scores == pytest.approx(brightness([image.open() for image in row.images], []))
     stored = [score for row in rows for score in row.scores]
     assert sum(stored[:8]) / 8 == pytest.approx(history(run, "reward")[0])
+    groups = [row.scores for row in rows[:2]]
+    assert history(run, "reward_std")[0] == pytest.approx(sum(map(statistics.stdev, groups)) / 2)
+    assert history(run, "rewards/score/std")[0] == pytest.approx(statistics.stdev(stored[:8]))
+
+
+def test_a_rollout_that_is_drawn_again_after_a_resume_is_kept_once(tmp_path):
+    """DPO on what was kept would count the images of every interrupted rollout twice."""
+    settings = {"save_rollouts": True, "save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path, **settings).train()
+    kept = list(read_preferences(tmp_path / "rollouts"))
+    again = trainer(tmp_path, **settings, max_steps=3)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    rows = list(read_preferences(tmp_path / "rollouts"))
+    assert len(kept) == 4 and len(rows) == 6 and [row.scores for row in rows[:4]] == [row.scores for row in kept]

@@ -98,6 +98,7 @@ def test_what_is_written_gets_its_name_at_the_end_and_lists_its_files(tmp_path):
         (lambda f: (f / MANIFEST).write_text('{"files": {"mo'), "has a checkpoint.json that cannot be read"),
         (lambda f: (f / "model").unlink(), "lacks model"),
         (lambda f: os.truncate(f / "optimizer", 5), "is damaged: optimizer has 5 bytes and was written with 12"),
+        (lambda f: os.truncate(f / "model", 9), "is damaged: model has 9 bytes and was written with 6"),
     ],
 )
 def test_a_broken_one_is_passed_over_aloud_and_refused_by_path(tmp_path, caplog, spoil, words):
@@ -113,6 +114,14 @@ def test_a_broken_one_is_passed_over_aloud_and_refused_by_path(tmp_path, caplog,
         (tmp_path / f"checkpoint-{step}" / "model").unlink()
     with pytest.raises(ValueError, match=r"no checkpoint in .* is complete: .*checkpoint-6.*checkpoint-4 lacks model"):
         find(str(tmp_path), True)
+
+
+def test_the_latest_of_ten_checkpoints_is_the_tenth(tmp_path):
+    """Sorted as text, checkpoint-9 would be the latest: a run would go back, and the limit would remove the new ones."""
+    for step in (8, 9, 10, 100):
+        make(tmp_path, step)
+    assert [p.name for p in list_all(tmp_path)] == [f"checkpoint-{step}" for step in (100, 10, 9, 8)]
+    assert find(str(tmp_path), True) == tmp_path / "checkpoint-100"
 
 
 def test_nothing_to_resume_is_a_fresh_start_and_a_missing_path_an_error(tmp_path, caplog):
@@ -379,6 +388,20 @@ def test_a_schedulers_warning_ends_the_run_with_a_checkpoint(tmp_path, number):
     warned.train()
     assert warned.interrupted and warned.state.global_step == 2 and signal.getsignal(number) is before
     assert find(str(tmp_path), True) == tmp_path / "checkpoint-2"
+
+
+def test_a_signal_in_the_last_update_does_not_undo_the_end(tmp_path):
+    """A run that is whole would call itself interrupted, and leave its weights unexported."""
+
+    class Warned(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == state.max_steps - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    warned = trainer(tmp_path, save_strategy="no", max_steps=2)
+    warned.add_callback(Warned())
+    warned.train()
+    assert warned.state.global_step == 2 and not warned.interrupted
 
 
 def test_every_process_group_gets_the_time_out(tmp_path):

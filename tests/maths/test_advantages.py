@@ -294,6 +294,51 @@ def test_the_rounding_of_a_network_is_no_preference(weight):
         assert not found.informative.any() and found.dead_groups == 1.0
 
 
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("infinite", [math.inf, -math.inf])
+def test_an_infinite_score_is_none(aggregation, infinite):
+    """A logarithm of 0 in a reward would otherwise make every weight of the model NaN in the next update."""
+    found = group_advantages(torch.tensor([0.2, infinite, 0.9, 0.4]), 4, aggregation=aggregation)
+    expected = group_advantages(torch.tensor([0.2, NAN, 0.9, 0.4]), 4, aggregation=aggregation)
+    assert torch.equal(found.advantages, expected.advantages) and found.advantages.isfinite().all()
+    assert found.informative.tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize(("difference", "informative"), [(3e-7, False), (3e-6, True)])
+def test_scores_that_differ_by_a_millionth_are_equal_and_by_three_are_not(difference, informative):
+    """Rounding would be trained on as a preference, or a reward that counts in small units would train nothing."""
+    scores = torch.tensor([0.0, difference], dtype=torch.float64)
+    assert group_advantages(scores, 2).informative.tolist() == [informative] * 2
+    assert best_worst(scores[:, None], 2).informative.tolist() == [informative]
+
+
+def test_normalised_rewards_that_contradict_each_other_make_a_dead_group_and_a_small_difference_does_not():
+    """What is left of two opposed rewards is the 1e-4 beside their std: it would be trained on as a preference."""
+    # The stds of column 1 are 0.7071 and 6.3640, of column 2 both 0.7071: they leave 0.7071 x 4e-4 = 2.8e-4.
+    opposed = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0], [9.0, 1.0]])
+    assert (
+        group_advantages(opposed, 2, aggregation="normalize_then_sum").informative.tolist() == [False] * 2 + [True] * 2
+    )
+    # Here the second reward likes the middle image 0.003 better than the first dislikes it: its sum is 0.004.
+    nearly = torch.tensor([[0.0, 1.0], [0.5, 0.503], [1.0, 0.0]])
+    found = group_advantages(nearly, 3, aggregation="normalize_then_sum")
+    assert found.informative.all() and found.advantages.argmax() == 1
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_batch_with_a_single_score_is_dead_and_no_nan(aggregation, scale):
+    """A reward service that fails on all images but one would make every weight NaN: one value has no std."""
+    found = group_advantages(torch.tensor([NAN, 0.7, NAN, NAN]), 2, scale_rewards=scale, aggregation=aggregation)
+    assert found.advantages.tolist() == [0.0] * 4 and found.dead_groups == 1.0
+
+
+def test_two_rewards_that_cancel_but_for_the_rounding_of_the_larger_are_dead():
+    """1000000.0625 is the next float32 number after a million: a network says it of the same image."""
+    rewards = torch.tensor([[1000000.0625, 0.0], [0.0, 1e6]], dtype=torch.float64)
+    assert not group_advantages(rewards, 2).informative.any() and not best_worst(rewards, 2).informative.any()
+
+
 # --- Scaling and clipping ---
 
 
@@ -309,6 +354,17 @@ def test_batch_scaling_leaves_missing_scores_out_of_the_std():
     expected = [value / 1.41431356 for value in (-0.5, 0.5, 0, 0, -1.5, 1.5)]
     found = advantages([0.0, 1.0, NAN, NAN, 0.0, 3.0], 3, scale_rewards="batch")
     assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_dead_groups_count_in_the_std_of_the_batch():
+    """As prompts are solved and their groups die, updates become smaller instead of going by the last few alone."""
+    # 0, 1 | 5, 5: mean 2.75, squares 7.5625 + 3.0625 + 2 x 5.0625 = 20.75 over 3: std 2.62995564.
+    rewards = [0.0, 1.0, 5.0, 5.0]
+    found = advantages(rewards, 2, scale_rewards="batch")
+    assert found == pytest.approx([-0.5 / 2.63005564, 0.5 / 2.63005564, 0, 0], abs=1e-6)
+    # Normalised in their group: -a, a, 0, 0, with squares 2 a^2 over 3: a / std = sqrt(3 / 2) = 1.22474487.
+    found = advantages(rewards, 2, aggregation="normalize_then_sum")
+    assert found == pytest.approx([-1.22474487, 1.22474487, 0, 0], abs=3e-4)
 
 
 def test_no_scaling_only_subtracts_the_mean_of_the_group():
@@ -377,6 +433,12 @@ def test_best_and_worst_are_those_of_hand_numbers():
     assert best_worst(rewards.view(-1, 1), 4, min_margin=0.5).informative.tolist() == [True, False, False, False]
     turned = best_worst(rewards.view(-1, 1), 4, torch.tensor([-2.0]))
     assert turned.best[:2].tolist() == [2, 5] and turned.rewards[0].item() == pytest.approx(-0.4)
+
+
+def test_a_pair_whose_margin_is_the_least_one_is_made():
+    """Scores in steps, of votes or of stars, would lose every pair that is exactly the step apart."""
+    scores = torch.tensor([0.25, 0.75, 0.25, 0.625])[:, None]
+    assert best_worst(scores, 2, min_margin=0.5).informative.tolist() == [True, False]
 
 
 def test_best_and_worst_go_by_the_weighted_sum_and_rounding_makes_no_pair():

@@ -328,6 +328,17 @@ def test_the_adaptive_error_is_that_of_the_clean_latents_divided_by_its_mean_siz
     torch.testing.assert_close(nft_loss(velocity, old, noise - clean, sigma, r, 0.3).loss, expected)
 
 
+def test_an_image_that_is_fitted_exactly_gives_a_loss_of_0_and_not_nan():
+    """Its error is divided by its mean size, 0: one such image would make every weight NaN."""
+    velocity, target = torch.ones(1, 4, requires_grad=True), torch.ones(1, 4)
+    loss = nft_loss(velocity, target, target, torch.tensor([0.5]), torch.tensor([0.5]), 1.0).loss
+    loss.sum().backward()
+    assert loss.item() == 0 and velocity.grad.tolist() == [[0.0] * 4]
+    # Below 1e-5 the size is 1e-5, as in the authors' code: both errors are 0.5 x 4e-6, 4e-12 / 1e-5 each.
+    near = nft_loss(target + 4e-6, target + 4e-6, target, torch.tensor([0.5]), torch.tensor([0.5]), 1.0).loss
+    assert near.item() == pytest.approx(4e-7, rel=0.1)  # 1 + 4e-6 in float32
+
+
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("mixing", [0.1, 1.0])
 def test_nft_gradient_of_the_first_update_is_the_advantage_times_that_of_the_matching_error(adaptive, mixing):

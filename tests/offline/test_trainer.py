@@ -226,6 +226,46 @@ def test_dropped_captions_become_the_negative_prompt(tmp_path):
     assert 70 < prompts.count(" ") < 130 and set(prompts) == {" ", trainer.train_dataset.examples[0].request.prompt}
 
 
+# --- Held-out figures ---
+
+
+def test_held_out_dpo_figures_equal_hand_numbers(tmp_path):
+    """The standard error is of pairs: of all draws it would be too small, since a pair's noise levels move together."""
+    run = dpo(tmp_path, eval_sigmas=2)
+    # (pairs, levels, errors of chosen and rejected by the policy and by the reference); reward 30 x (reference - policy)
+    values = torch.tensor(
+        [[[0.9, 1.0, 1.0, 1.0], [0.98, 1.0, 1.0, 1.0]], [[1.0, 0.99, 1.0, 1.0], [0.9, 1.0, 1.0, 1.0]]]
+    )
+    found = run.held_out_summary(values.double(), "eval")
+    margins = [3.0, 0.6, -0.3, 3.0]
+    loss = [math.log(1 + math.exp(-m)) for m in margins]
+    expected = {
+        "eval_num_pairs": 2, "eval_loss": sum(loss) / 4, "eval_accuracy": 0.75, "eval_pair_accuracy": 1.0,
+        "eval_loss_se": abs(loss[0] + loss[1] - loss[2] - loss[3]) / 4, "eval_accuracy_se": 0.25,
+        "eval_margin": sum(margins) / 4, "eval_chosen_error_to_reference": (0.9 + 0.98 + 1.0 + 0.9) / 4,
+        "eval_accuracy_at_0.25": 0.5, "eval_accuracy_at_0.75": 1.0,
+    }  # fmt: skip
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_held_out_sft_figures_equal_hand_numbers(tmp_path):
+    """As for DPO: the standard error is of images, and each level's loss has its own name."""
+    values = torch.tensor([[[1.0], [3.0]], [[2.0], [6.0]]], dtype=torch.float64)
+    found = sft(tmp_path, list(read_captioned(GROUNDED))[:4], eval_sigmas=2).held_out_summary(values, "eval")
+    expected = {"eval_loss": 3.0, "eval_loss_se": 1.0, "eval_loss_at_0.25": 1.5, "eval_loss_at_0.75": 4.5}
+    assert found == pytest.approx(expected)
+
+
+def test_the_order_of_the_images_is_that_of_data_seed_and_their_noise_that_of_seed(tmp_path):
+    """Without it no two seeds could be compared on the same data, or one seed on other data."""
+    data, all_seeds = list(read_captioned(GROUNDED))[:12], ({}, {"data_seed": 8}, {"data_seed": 8, "seed": 4})
+    runs = [sft(tmp_path / str(n), data, **seeds) for n, seeds in enumerate(all_seeds)]
+    one, other, third = (list(run._get_train_sampler()) for run in runs)
+    assert one != other == third
+    batches = [run._prepare_inputs([(run.train_dataset.examples[0], 0)]) for run in runs]
+    assert torch.equal(batches[0].noise, batches[1].noise) and not torch.equal(batches[1].noise, batches[2].noise)
+
+
 # --- Bad input ---
 
 

@@ -1,7 +1,10 @@
 """What an optimizer knows, read from a checkpoint and given to another optimizer, on one process."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from deepspeed.utils.tensor_fragment import fragment_address
 
 from align.parallel.resharding import MASTER, read_state, reshard
 from align.parallel.sharding import Sharding
@@ -61,6 +64,47 @@ def test_moments_and_steps_are_read_by_name(written):
     assert state.flat("c", 8)["exp_avg"].shape == (8,) and MASTER not in state.values["c"]
     with pytest.raises(ValueError, match="the checkpoint has 5 elements of b's exp_avg, and there are 6"):
         state.flat("b", 6)
+
+
+def split_by_zero(folder: Path, stage: int, then: dict[str, torch.Tensor]) -> None:
+    """Lay the optimizer's files out anew, as DeepSpeed does for two processes: half of every weight each, or of them all."""
+    moments = read_state(folder, PLAIN, list(then)).values
+    values = {"fp32": then} | {key: {n: moments[n][key][0] for n in then} for key in ("exp_avg", "exp_avg_sq")}
+    (folder / "latest").write_text("global_step3")
+    step = folder / "global_step3"
+    step.mkdir()
+    for rank in (0, 1):
+        flat = {}
+        for key, of_names in values.items():
+            lists = [value.flatten() for value in of_names.values()]
+            # Padded to be shared evenly, each weight or the whole, with what would be noticed among the weights.
+            lists = lists if stage == 3 else [torch.cat(lists)]
+            flat[key] = torch.cat([torch.cat([v, torch.full((len(v) % 2,), 99.0)]).chunk(2)[rank] for v in lists])
+        master = flat.pop("fp32")
+        state = {0: flat | {"step": torch.tensor(3.0)}}
+        if stage == 3:
+            stored = {"fp32_flat_groups": [master], "optimizer_state_dict": {"state": state}}
+            shapes = {"param_shapes": [{name: value.shape for name, value in then.items()}]}
+            torch.save(shapes, step / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+        else:  # of 6, 5 and 8 elements the first process has 10: all of a and 4 of b
+            pieces = [{"a": (0, 6), "b": (6, 4)}, {"b": (0, 1), "c": (1, 8)}][rank]
+            pieces = {name: fragment_address(numel=numel, start=start) for name, (start, numel) in pieces.items()}
+            stored = {"single_partition_of_fp32_groups": [master], "base_optimizer_state": {"state": state}}
+            stored["param_slice_mappings"] = [pieces]
+        torch.save({"optimizer_state_dict": stored}, step / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_what_two_processes_shared_goes_on_as_it_was_on_one(written, stage):
+    """Weights and moments would be those of other elements, padding among them: the run goes on, but as another one."""
+    folder, then, later = written
+    split_by_zero(folder, stage, then)
+    weights = {name: torch.nn.Parameter(torch.zeros_like(value)) for name, value in then.items()}
+    optimizer, scheduler = made(weights)
+    reshard(folder, Sharding(stage, 2), weights, optimizer, scheduler)
+    assert all(torch.equal(weights[name], then[name]) for name in weights)  # from the optimizer's float32
+    stepped(weights, optimizer, scheduler, 2)
+    assert all(torch.equal(weights[name], later[name]) for name in weights)
 
 
 def test_what_is_not_kept_element_by_element_is_refused_with_what_would_do(tmp_path):

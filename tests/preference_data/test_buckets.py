@@ -21,6 +21,20 @@ def test_an_aspect_ratio_of_one_is_the_square_alone():
     assert make_buckets(64, 16, 1.0) == [Bucket(64, 64)]
 
 
+def test_a_bucket_of_just_the_greatest_aspect_ratio_is_one():
+    """Without it every 2:1 image is cropped to the next ratio, 80 x 48."""
+    assert {Bucket(48, 96), Bucket(96, 48)} <= set(make_buckets(64, 16, 2.0))
+    assert not {Bucket(48, 96), Bucket(96, 48)} & set(make_buckets(64, 16, 1.99))
+
+
+def test_of_two_buckets_that_are_equally_near_the_larger_is_taken():
+    """An image of 100 x 100 between 3:2 and 2:3, or a ratio that occurs twice, would be trained at fewer pixels."""
+    sizes = [Bucket(32, 64), Bucket(64, 128), Bucket(48, 96)]
+    assert nearest_bucket(200, 100, sizes) == nearest_bucket(200, 100, sizes[::-1]) == Bucket(64, 128)
+    assert nearest_bucket(100, 100, [Bucket(64, 96), Bucket(96, 80)]) == Bucket(96, 80)
+    assert nearest_bucket(100, 100, [Bucket(32, 64), Bucket(128, 64)]) == Bucket(128, 64)
+
+
 def test_an_image_goes_to_the_nearest_ratio():
     buckets = [Bucket(64, 64), Bucket(48, 80), Bucket(80, 48)]
     assert nearest_bucket(1000, 990, buckets) == Bucket(64, 64)
@@ -49,6 +63,8 @@ def test_cropping_is_what_stands_over():
     picture = Image.fromarray(np.repeat(np.arange(200, dtype=np.uint8)[None], 100, 0)).convert("RGB")
     kept = np.asarray(fit(picture, Bucket(100, 100)))[50, :, 0]
     assert (kept == np.arange(50, 150)).all()  # the middle, as it was
+    kept = np.asarray(fit(picture.transpose(Image.Transpose.TRANSPOSE), Bucket(100, 100)))[:, 50, 0]
+    assert (kept == np.arange(50, 150)).all()  # of a tall image too: faces would lose their foreheads
 
 
 @pytest.mark.parametrize(

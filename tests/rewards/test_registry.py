@@ -148,6 +148,15 @@ def test_a_file_in_another_folder_imports_its_neighbours(when):
     assert values(load_rewards(["elsewhere/my_reward.py:score"])[0]) == [3.0, 3.0]
 
 
+def test_a_file_that_failed_can_be_loaded_once_it_is_mended():
+    """In a notebook the half of it that had been run would go on being used, without the function."""
+    write("my_reward.py", "import no_such_package\n" + SCORE)
+    with pytest.raises(ImportError, match="no_such_package"):
+        load_rewards(["my_reward.py:score"])
+    write("my_reward.py", SCORE)
+    assert values(load_rewards(["my_reward.py:score"])[0]) == [1.0, 1.0]
+
+
 def test_a_file_of_rewards_hides_no_module_that_is_loaded_later():
     write("elsewhere/my_reward.py", SCORE)
     write("elsewhere/colorsys.py", "raise RuntimeError('not the standard library')\n")

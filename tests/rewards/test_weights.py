@@ -24,6 +24,13 @@ def test_a_reward_whose_weights_are_all_zero_is_only_measured():
     assert not load({"by": "category", "text": 0}).weight
 
 
+def test_a_reward_that_weighs_only_by_its_default_is_trained_on():
+    """Taken for a measured one, it would be refused as nothing to train on, or left out of the images' sum."""
+    assert load({"by": "category", "text": 0, "default": 1}).weight
+    assert load({"by": "category", "text": 0, "photo": 1}).weight
+    assert not load({"by": "category", "text": 0, "default": 0}).weight
+
+
 def test_numbers_and_booleans_are_categories_by_their_text():
     assert CategoryWeights("level", {"1": 0.5, "True": 2.0}).of(1) == 0.5
     assert load({"by": "level", 1: 0.5}).weight_of({"level": 1}) == 0.5

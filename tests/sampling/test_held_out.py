@@ -4,9 +4,13 @@ import math
 
 import pytest
 import torch
+from brightness import score as brightness
+from datasets import Dataset
 
-from align.sampling.held_out import _metrics, _per_prompt, diversity
-from rewards import Reward
+from align.models.families import load_model
+from align.sampling.held_out import _metrics, _per_prompt, diversity, evaluate_prompts
+from align.sampling.rollout import SamplingPlan
+from rewards import Reward, load_rewards
 
 NAN = math.nan
 
@@ -55,3 +59,26 @@ def test_diversity_is_the_root_mean_square_difference_of_pairs():
     assert found.tolist() == pytest.approx([2.0, 0.0])
     noise = torch.randn(1, 40, 64, 16, generator=torch.Generator().manual_seed(0))
     assert diversity(noise).item() == pytest.approx(math.sqrt(2), rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def evaluated():
+    """Three rows of one prompt, two images each, of which the first two rows' are kept."""
+    plan = SamplingPlan(64, 64, num_inference_steps=3, sde_steps=(0,), noise_level=0.7, batch_size=4)
+    data, scored = Dataset.from_dict({"prompt": ["a circle"] * 3}), load_rewards([brightness])
+    options = {"samples": 2, "prefix": "eval", "keep_images_of": 2}
+    model = load_model("tiny")
+    return [evaluate_prompts(model, scored, data, plan, seed=seed, **options) for seed in (1, 1, 2)]
+
+
+def test_every_image_of_an_evaluation_has_noise_of_its_own_that_only_the_seed_changes(evaluated):
+    """With one noise for all prompts their scores move together: the standard errors would be far too small."""
+    first, again, other = evaluated
+    pictures = [image.tobytes() for _, images in first.images for image in images]
+    assert len(set(pictures)) == 4 and len({row["score"] for row in first.rows}) == 3
+    assert first.rows == again.rows and first.metrics == again.metrics
+    assert not {row["score"] for row in first.rows} & {row["score"] for row in other.rows}
+
+
+def test_the_grid_holds_as_many_prompts_as_are_asked_for(evaluated):
+    assert [(prompt, len(images)) for prompt, images in evaluated[0].images] == [("a circle", 2)] * 2

@@ -19,7 +19,7 @@ from align.models.families import load_model
 from align.sampling.held_out import check_columns
 from align.sampling.noise import ImageKey
 from align.sampling.rollout import SamplingPlan, rollout
-from align.sampling.scorer import BackgroundScorer
+from align.sampling.scorer import BackgroundScorer, Failures
 from rewards import RewardError, load_rewards
 
 ROWS = [{"prompt": f"p{n}", "level": n, "kind": "text" if n % 2 else "photo"} for n in range(6)]
@@ -63,6 +63,18 @@ def test_what_failed_is_unscored_as_a_whole_and_the_rest_counts(caplog):
     assert [math.isnan(v) for v in first] == [math.isnan(v) for v in second] == [False, False, True, True, False, False]
     assert not any(map(math.isnan, third))  # only measured: it takes part in no sum
     assert "'fails_on_three' failed for 2 of 6 images: OSError: no route to host; they are left unscored" in caplog.text
+
+
+def test_the_share_that_failed_is_of_the_images_of_all_processes():
+    """Of the last process's images alone, a run on many GPUs would stop at a single failure that is allowed."""
+    failures = Failures(allowed=0.25)
+    failures.add(2, [("ocr", 1, "timed out")])
+    failures.add(6, [("ocr", 1, "down")])
+    failures.check()  # 2 of 8
+    assert failures.describe("ocr") == "reward 'ocr' failed for 2 of 8 images: timed out"
+    failures.add(2, [("ocr", 1, "down")])
+    with pytest.raises(RewardError, match=r"'ocr' failed for 3 of 10 images: timed out \(max_failed_fraction=0.25\)"):
+        failures.check()
 
 
 def test_only_images_whose_sum_lacks_the_part_are_unscored():

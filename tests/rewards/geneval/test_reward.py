@@ -81,6 +81,7 @@ def test_a_class_that_must_not_be_there():
 
 
 def test_at_most_so_many_objects_of_one_class_are_kept_best_first():
+    assert MAX_OBJECTS == 16  # evaluate_images.py, MAX_OBJECTS
     many = [seen_at("clock", i, 5, score=0.91 + i / 1000) for i in range(MAX_OBJECTS + 4)]
     kept = keep([*many, seen_at("dog", 5, 5, score=0.2)], 0.9)
     assert list(kept) == ["clock"] and len(kept["clock"]) == MAX_OBJECTS
@@ -119,6 +120,15 @@ def test_position():
     assert graded("position", include, [dog, *cars]) == [1, 1, 0]
     # Of two wanted cars one is placed well.
     assert graded("position", [wants("dog"), wants("car", 2, position=["left of", 0])], [dog, *cars]) == [1, 1, 0.5]
+
+
+@pytest.mark.parametrize(("distance", "grade"), [(3.9, 0), (4.1, 1), (7.9, 1)])
+def test_beside_is_a_tenth_of_both_sizes_apart_as_in_geneval(distance, grade):
+    """evaluate_images.py, POSITION_THRESHOLD 0.1: with another one scores compare with no published ones."""
+    include = [wants("dog"), wants("car", position=["left of", 0])]
+    # Both are 10 wide: what is left of the distance d, d - 0.1 x 20, must be more than half of it.
+    objects = [seen_at("dog", 50, 50), seen_at("car", 50 - distance, 50)]
+    assert graded("position", include, objects) == [1, 1, grade]
 
 
 def test_a_place_is_graded_only_beside_an_object_that_is_as_wanted():

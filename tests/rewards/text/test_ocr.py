@@ -204,6 +204,8 @@ def test_normalising():
     assert normalise("a b 北 c", ignore_spaces=True) == "ab北c"
     assert normalise("don’t") == normalise("don't") and normalise("“x”—y") == '"x"-y'
     assert normalise("Don't stop, now! 你好。", ignore_punctuation=True) == "dont stop now 你好"
+    assert normalise("5″ by 7″") == '5" by 7"'  # NFKC alone would make two apostrophes of each
+    assert normalise("a︱b") == "a-b"  # a dash only after NFKC, which makes it of the vertical one
     assert normalise("…") == "..." and normalise("Straße") == "strasse"
 
 
@@ -219,6 +221,15 @@ def test_boxes_are_read_by_lines_from_left_to_right():
     boxes = [box(100, 3), box(60, 50), box(0, 0), box(0, 56), box(0, 90, height=40), box(60, 95)]
     assert in_reading_order(boxes, list("bdacef")) == "a b c d e f"
     assert in_reading_order([], []) == ""
+
+
+def test_a_small_word_beside_a_headline_is_a_line_of_its_own_unless_their_middles_are_near():
+    """A sign with a headline would be read out of order, and a right picture would score as a wrong one."""
+    headline = box(0, 0, height=80)  # middle 40; a small word is 20 high: within 10 of it they are one line
+    for middle, read in ((49, "small headline"), (51, "headline small"), (55, "headline small")):
+        left = box(-60, middle - 10)
+        assert in_reading_order([headline, left], ["headline", "small"]) == read
+        assert in_reading_order([left, headline], ["small", "headline"]) == read
 
 
 def test_spaces_and_case_count_where_they_are_asked_to():
