@@ -49,7 +49,9 @@ class GenerateArguments:
         "", "Prompts: a file, a folder with train.jsonl, a hub name, or tiny/NAME.", fixed_on_resume=True
     )
     rewards: list[str] = setting(
-        [], "Rank the images: built-in names, module:attr or file.py:attr; mappings in a config. None: plain images."
+        [],
+        "Rank the images: built-in names, module:attr or file.py:attr; mappings in a config. None: plain images.",
+        mappings=True,
     )
     output_dir: str = setting("", "Folder of the data set: rows or images go to its subfolder SPLIT.")
     dataset_split: str = setting("train", "Split of the prompts.", fixed_on_resume=True)
@@ -59,13 +61,13 @@ class GenerateArguments:
     width: int = setting(512, "Pixels.", fixed_on_resume=True)
     num_inference_steps: int = setting(30, "Denoising steps.", fixed_on_resume=True, least=2)
     guidance_scale: float = setting(
-        1.0, "True classifier-free guidance; acts above 1, at twice the forwards.", fixed_on_resume=True
+        1.0, "True classifier-free guidance; acts above 1, at twice the forwards.", fixed_on_resume=True, least=0
     )
     negative_prompt: str = setting(" ", "What guidance steers away from.", fixed_on_resume=True)
     rollout_batch_size: int = setting(16, "Images per forward.", least=1)
     prompts_per_file: int = setting(16, "Rows of a parquet file; a crash loses at most so many.", least=1)
     max_failed_fraction: float = setting(
-        0.1, "Share of the images a reward may fail on before the run stops.", within=(0, 1)
+        0.1, "Share of the images a reward may fail on before the run stops.", least=0, most=1
     )
     use_cpu: bool = setting(False, "Do not use an accelerator.")
     seed: int = setting(0, "Of the images' noise.", fixed_on_resume=True)
