@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 
 from align.cli.arguments import ModelArguments, parse, plain_errors, resolve_dataset
 from align.cli.data import named
-from align.cli.launch import defer_model
+from align.cli.launch import defer_model, try_attention_backend
+from align.engine.checks import check_writable
 from align.engine.settings import check_settings, plan_of, setting, values_of
 from align.engine.signals import Interrupt
 from align.models.adapters import find_adapter
@@ -197,9 +198,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.max_prompts is not None:
             dataset = dataset.select(range(min(args.max_prompts, len(dataset))))
         check_columns(rewards, [dataset])
+        check_writable(args.output_dir)
         deferred = defer_model(model_args)
         deferred.outline.latent_shape(args.height, args.width)
         state = PartialState(cpu=args.use_cpu)
+        try_attention_backend(model_args, deferred.outline, state.device)
         check_world_size(state.num_processes, "--use_cpu true")
         process = (state.process_index, state.num_processes)
         writer = open_writer(args, dataset, rewards, args.decides(model_args, rewards), process)

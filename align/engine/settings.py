@@ -170,6 +170,8 @@ class FlowConfig(TrainingArguments):
             self.metric_for_best_model = (
                 "eval_reward"  # transformers' would be the loss, which online trainers have not
             )
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps must be at least 1, or -1 for num_train_epochs, found {self.max_steps}")
         super().__post_init__()
         check_launch(self)
         keep_zero3_from_loading()
