@@ -104,10 +104,6 @@ def check_optimizer(args: FlowConfig) -> None:
 
     An optimizer that takes some layers alone (optim_target_modules) is left to the model, and DeepSpeed's to DeepSpeed.
     """
-    if args.neftune_noise_alpha is not None:
-        raise ValueError(
-            "neftune_noise_alpha adds noise to the embeddings of a language model, which is not trained here: leave it out"
-        )
     if args.deepspeed_plugin is not None or args.optim_target_modules is not None:
         return
     layer = torch.nn.Linear(2, 2).to(args.device)

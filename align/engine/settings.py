@@ -1,11 +1,14 @@
 """Settings that every algorithm here shares, over transformers' own, and what a setting says of itself."""
 
+import json
 import logging
 from dataclasses import dataclass, field, fields
 from functools import cache
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from align.engine.values import Bounds, wrong_kind
 from align.parallel.sharding import check_launch, keep_zero3_from_loading
@@ -63,6 +66,12 @@ def declared(settings: Any) -> list[tuple[str, Help]]:
     return [(name, help) for name, help in found if isinstance(help, Help)]
 
 
+#: transformers' settings that say nothing of a flow model, and why.
+_OF_LANGUAGE_MODELS = {
+    "neftune_noise_alpha": "adds noise to the embeddings of a language model",
+    "use_liger_kernel": "replaces layers of a language model",
+    "label_smoothing_factor": "smooths the labels of a classifier",
+}
 #: The numbers that transformers' own settings may be, of which it checks none. Theirs of an optimizer are torch's.
 _OF_TRANSFORMERS = {
     "num_train_epochs": Bounds(above=0),
@@ -72,7 +81,6 @@ _OF_TRANSFORMERS = {
     "adam_epsilon": Bounds(above=0),
     "max_grad_norm": Bounds(least=0),
     "warmup_steps": Bounds(least=0),
-    "label_smoothing_factor": Bounds(least=0, most=1),
     "eval_steps": Bounds(least=0),
     "save_steps": Bounds(above=0),
     "per_device_eval_batch_size": Bounds(least=1),
@@ -105,6 +113,24 @@ def check_settings(settings: Any) -> None:
         bounds = rule.bounds or _OF_TRANSFORMERS.get(name)
         if value is not None and bounds is not None and not bounds.hold(value):
             raise ValueError(f"{name} must {bounds}, found {value}")
+
+
+def check_mappings(args: TrainingArguments) -> None:
+    """Raise ValueError for a text that is no mapping, where transformers takes one as JSON, or the name of a file of it."""
+    for name in args._VALID_DICT_FIELDS:
+        text = getattr(args, name)
+        if not isinstance(text, str) or name in ("deepspeed", "fsdp_config"):  # DeepSpeed's own code reads more
+            continue
+        try:
+            mapping = json.loads(text if text.startswith("{") or name.endswith("kwargs") else Path(text).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name} must be a mapping, as JSON, found {text!r}: {error}") from error
+        if not isinstance(mapping, dict):
+            raise ValueError(f"{name} must be a mapping, as JSON, found {text!r}")
+    known = {one.name for one in fields(AcceleratorConfig)}
+    given = args.accelerator_config if isinstance(args.accelerator_config, dict) else {}
+    for name in given.keys() - known:
+        raise ValueError(f"accelerator_config has no {name!r}. There are: {', '.join(sorted(known))}")
 
 
 def values_of(settings: Any, fixed_on_resume: bool) -> dict[str, Any]:
@@ -172,9 +198,16 @@ class FlowConfig(TrainingArguments):
             )
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps must be at least 1, or -1 for num_train_epochs, found {self.max_steps}")
+        check_mappings(self)
         super().__post_init__()
         check_launch(self)
         keep_zero3_from_loading()
+        self.neftune_noise_alpha = self.neftune_noise_alpha or None  # 0 would be set up too
+        for name, why in _OF_LANGUAGE_MODELS.items():
+            if getattr(self, name):
+                raise ValueError(f"{name} {why}, which is not trained here: leave it out")
+        if self.dataloader_multiprocessing_context is not None and not self.dataloader_num_workers:
+            raise ValueError("dataloader_multiprocessing_context needs dataloader_num_workers of at least 1, found 0")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be false: rewards and trainers take data columns by name")
 
@@ -194,7 +227,12 @@ class FlowConfig(TrainingArguments):
         Raises:
             ValueError: it is the reward, and nothing is scored.
         """
-        if self.metric_for_best_model not in ("reward", "eval_reward") or rewards:
+        wanted = self.metric_for_best_model
+        if wanted is not None and not rewards and not data and wanted not in ("reward", "eval_reward"):
+            raise ValueError(
+                f"metric_for_best_model {wanted!r} is not measured: there are no held-out data, and no samples are scored"
+            )
+        if wanted not in ("reward", "eval_reward") or rewards:
             return
         if not data:
             raise ValueError(

@@ -14,6 +14,8 @@ from align import dpo, dpo_online, generate, grpo, nft, sft
 from align.cli.arguments import ModelArguments, OptionParser
 from align.cli.data import DataArguments
 from align.cli.images import CaptionedDataArguments, PreferenceDataArguments
+from align.engine.settings import kinds_of
+from align.engine.values import wrong_kind
 
 #: Of each door: what its command line is made of, and its main.
 DOORS: dict[str, tuple[tuple[type, ...], Any]] = {
@@ -38,7 +40,7 @@ BASES: dict[str, dict[str, Any]] = {
     "sft": _IMAGES | {"dataset_name": "images"},
     "dpo": _IMAGES | {"dataset_name": "pairs.jsonl", "beta": 100.0},
     "dpo_online": _GROUPS | {"per_device_train_batch_size": 2},
-    "grpo": _GROUPS | {"per_device_train_batch_size": 8},
+    "grpo": _GROUPS | {"per_device_train_batch_size": 4},
     "nft": _GROUPS | {"per_device_train_batch_size": 8},
     "generate": _SIZES
     | {"dataset_name": "prompts.txt", "rewards": ["bright.py:score"], "output_dir": "run", "num_generations": 2},
@@ -53,9 +55,48 @@ _OFTEN = (
 _LEFT_OUT = {"deepspeed", "fsdp", "fsdp_config", "torch_compile", "torch_compile_backend", "torch_compile_mode",
              "compile_blocks", "debug", "local_rank", "ddp_backend", "parallelism_config", "full_determinism",
              "enable_jit_checkpoint", "hub_model_id"}  # fmt: skip
-_NUMBERS = [float("nan"), float("inf"), -float("inf"), -1, 0, 1, 2, 3, 0.5, 2.5, 1.0, -1e-3, 1e-3, 1e9, 1e30, 1e-30, 7]
-_WORDS = ["", " ", "x", "none", "true", "1", "2", "0.5", "1e-4", "nan", "steps", "a,b", "/dev/null/x", "prompts.txt"]
-_OTHERS: list[Any] = [None, True, False, [], [1], [0.5, 2], [1, 2], ["a", "b"], [None], ["x"], {}, {"a": 1}, [[1]]]
+_NUMBERS = [float("nan"), float("inf"), -float("inf"), -1, 0, 1, 2, 3, 0.5, 2.5, 1.0, -1e-3, 1e-3, 0.9, 1e9, 1e30, 1e-30,
+            1e-4, 7, 4, 5, 8, 16, 32, 64, -2, 2**40]  # fmt: skip
+_WORDS = [
+    "",
+    " ",
+    "x",
+    "none",
+    "true",
+    "1",
+    "2",
+    "0.5",
+    "1e-4",
+    "nan",
+    "steps",
+    "a,b",
+    "bright.py:score",
+    "images",
+    "pairs.jsonl",
+    "to_q",
+    "tiny",
+    "tiny/full",
+    "/dev/null/x",
+    "prompts.txt",
+]
+_OTHERS: list[Any] = [
+    None,
+    True,
+    False,
+    [],
+    [1],
+    [0.5, 2],
+    [1, 2],
+    ["a", "b"],
+    [None],
+    ["x"],
+    ["to_q"],
+    ["prompts.txt"],
+    [0, 1],
+    {},
+    {"a": 1},
+    [[1]],
+]
 _SIZE_NAMES = re.compile(r"size|steps|num_|height|width|resolution|sigmas|epochs|per_file|workers|lora_r$|accumulation")
 #: What a message may call a setting by, other than its name.
 _CALLED = {
@@ -64,7 +105,7 @@ _CALLED = {
     "dataset_split": "split", "eval_split": "split", "eval_prompts_split": "split", "columns": "column",
     "dataset_format": "format|layout", "image_folder": "folder|image", "lora_target_modules": "LoRA target",
     "resume_from_checkpoint": "resume|checkpoint", "trigger": "caption", "streaming": "stream", "cache_dir": "cache",
-    "overwrite_output_dir": "output_dir", "bf16": "bf16", "report_to": "report|integration|supported",
+    "overwrite_output_dir": "output_dir", "sde_window_range": "trained steps", "sde_type": "trained steps", "sde_window_size": "trained steps", "bf16": "bf16", "report_to": "report|integration|supported",
 }  # fmt: skip
 
 
@@ -93,8 +134,9 @@ def draw(rng: random.Random, door: str) -> dict[str, Any]:
     ours = {name for kind in DOORS[door][0] for name in _own(kind)} & options.keys()
     common = sorted((ours | set(_OFTEN)) & options.keys() - _LEFT_OUT)
     rare = sorted(options.keys() - _LEFT_OUT - set(common))
+    kinds = {name: kind for one in DOORS[door][0] for name, kind in kinds_of(one).items()}
     names = {rng.choice(rare if rng.random() < 0.2 and rare else common) for _ in range(rng.choice((2, 3)))}
-    return {name: _value(rng, name, options[name]) for name in sorted(names)}
+    return {name: _value(rng, name, kinds[name], options[name].choices) for name in sorted(names)}
 
 
 def _own(kind: type) -> set[str]:
@@ -106,12 +148,14 @@ def _own(kind: type) -> set[str]:
     }
 
 
-def _value(rng: random.Random, name: str, action: Any) -> Any:
-    if action.choices and rng.random() < 0.6:
-        return rng.choice(list(action.choices))
-    numbers = [n for n in _NUMBERS if not (_SIZE_NAMES.search(name) and 100 < n < 1e20)]  # which would only take long
-    pool = rng.choices((numbers, _WORDS, _OTHERS), (5, 2, 2))[0]
-    return rng.choice(pool)
+def _value(rng: random.Random, name: str, kind: Any, choices: Any) -> Any:
+    """Draw a value: mostly of the right kind, and small where a size would only take long."""
+    right = [value for value in [*_NUMBERS, *_WORDS, *_OTHERS] if wrong_kind(kind, value) is None]
+    if choices:
+        right = list(choices)
+    pool = right if right and rng.random() < 0.85 else [*_NUMBERS, *_WORDS, *_OTHERS]
+    long = _SIZE_NAMES.search(name)
+    return rng.choice([v for v in pool if not (long and isinstance(v, (int, float)) and 100 < v < float("inf"))])
 
 
 def names_a_key(message: str, changed: dict[str, Any]) -> bool:
