@@ -58,8 +58,8 @@ class GenerateArguments:
     dataset_split: str = setting("train", "Split of the prompts.", fixed_on_resume=True)
     max_prompts: int | None = setting(None, "Take the first so many prompts. Default: all.", least=1)
     num_generations: int = setting(8, "Images per prompt.", fixed_on_resume=True, least=1)
-    height: int = setting(512, "Pixels.", fixed_on_resume=True)
-    width: int = setting(512, "Pixels.", fixed_on_resume=True)
+    height: int = setting(512, "Pixels.", fixed_on_resume=True, above=0)
+    width: int = setting(512, "Pixels.", fixed_on_resume=True, above=0)
     num_inference_steps: int = setting(30, "Denoising steps.", fixed_on_resume=True, least=2)
     guidance_scale: float = setting(
         1.0, "True classifier-free guidance; acts above 1, at twice the forwards.", fixed_on_resume=True, least=0

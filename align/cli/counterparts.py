@@ -3,7 +3,8 @@
 from collections.abc import Collection
 from difflib import get_close_matches
 
-#: TRL, diffusers' scripts, flow_grpo, Flow-Factory, ai-toolkit, musubi-tuner: their option, its last part alone, to ours.
+#: TRL, diffusers' scripts, flow_grpo, Flow-Factory, ai-toolkit, musubi-tuner: their option to ours. Of a
+#: dotted name the last part is enough, but where it means something else elsewhere.
 COUNTERPARTS = {
     # model and adapter
     "model_name_or_path": ("model",),
@@ -23,6 +24,7 @@ COUNTERPARTS = {
     "network_alpha": ("lora_alpha",),
     "linear": ("lora_r",),
     "linear_alpha": ("lora_alpha",),
+    "dropout": ("lora_dropout",),
     "target_modules": ("lora_target_modules",),
     "lora_path": ("adapter",),
     "pretrained_lora_path": ("adapter",),
@@ -80,6 +82,7 @@ COUNTERPARTS = {
     "num_epochs": ("num_train_epochs",),
     "batch_size": ("per_device_train_batch_size",),
     "train_batch_size": ("per_device_train_batch_size",),
+    "sample.train_batch_size": ("rollout_batch_size",),
     "per_device_batch_size": ("per_device_train_batch_size",),
     "gradient_accumulation": ("gradient_accumulation_steps",),
     "gradient_step_per_epoch": ("gradient_accumulation_steps",),
@@ -133,7 +136,8 @@ def hint(name: str, known: Collection[str], before: str = "") -> str:
 
     ``before``: what stands before a name where it is typed.
     """
-    here = [ours for ours in COUNTERPARTS.get(name.rpartition(".")[2], ()) if ours in known]
+    theirs = name if name in COUNTERPARTS else name.rpartition(".")[2]
+    here = [ours for ours in COUNTERPARTS.get(theirs, ()) if ours in known]
     if here:
         return " Here it is " + " and ".join(f"{before}{ours}" for ours in here) + "."
     close = get_close_matches(name, [one for one in known if one], n=1, cutoff=0.5)

@@ -112,7 +112,7 @@ def check_settings(settings: Any) -> None:
             raise ValueError(f"{name} must be {wanted}, found {value!r}")
         bounds = rule.bounds or _OF_TRANSFORMERS.get(name)
         if value is not None and bounds is not None and not bounds.hold(value):
-            raise ValueError(f"{name} must {bounds}, found {value}")
+            raise ValueError(f"{name} {bounds}, found {value}")
 
 
 def check_mappings(args: TrainingArguments) -> None:
@@ -175,8 +175,8 @@ class FlowConfig(TrainingArguments):
     )
 
     # Sampling.
-    height: int = setting(512, "Pixels of a sampled image.", fixed_on_resume=True)
-    width: int = setting(512, "Pixels of a sampled image.", fixed_on_resume=True)
+    height: int = setting(512, "Pixels of a sampled image.", fixed_on_resume=True, above=0)
+    width: int = setting(512, "Pixels of a sampled image.", fixed_on_resume=True, above=0)
     num_inference_steps: int = setting(30, "Denoising steps of a sample.", least=2)  # one step has no second sigma
     guidance_scale: float = setting(1.0, "True classifier-free guidance; acts above 1, at twice the forwards.", least=0)
     negative_prompt: str = setting(" ", "What guidance steers away from.", fixed_on_resume=True)
@@ -202,7 +202,7 @@ class FlowConfig(TrainingArguments):
         super().__post_init__()
         check_launch(self)
         keep_zero3_from_loading()
-        self.neftune_noise_alpha = self.neftune_noise_alpha or None  # 0 would be set up too
+        self.neftune_noise_alpha = self.neftune_noise_alpha or None  # type: ignore[has-type]  # 0 would be set up
         for name, why in _OF_LANGUAGE_MODELS.items():
             if getattr(self, name):
                 raise ValueError(f"{name} {why}, which is not trained here: leave it out")

@@ -30,15 +30,15 @@ class Bounds:
         )
 
     def __str__(self) -> str:
-        """Say what a number must do, as in "must be at least 1"."""
+        """Say what a number must be, as in "must be at least 1"."""
         low, high = self.least if self.above is None else self.above, self.most if self.below is None else self.below
         if low is not None and high is not None:
             if self.above is not None and self.below is not None:
-                return f"lie inside ({low}, {high})"
-            return f"lie in {'[' if self.above is None else '('}{low}, {high}{']' if self.below is None else ')'}"
+                return f"must lie inside ({low}, {high})"
+            return f"must lie in {'[' if self.above is None else '('}{low}, {high}{']' if self.below is None else ')'}"
         if self.above is not None:
-            return "be positive" if self.above == 0 else f"be above {self.above}"
-        return f"be at least {low}" if high is None else f"be at most {high}"
+            return "must be positive" if self.above == 0 else f"must be above {self.above}"
+        return f"must be at least {low}" if high is None else f"must be at most {high}"
 
 
 def wrong_kind(kind: Any, value: Any, mappings: bool = False) -> str | None:

@@ -105,6 +105,8 @@ _CALLED = {
     "dataset_split": "split", "eval_split": "split", "eval_prompts_split": "split", "columns": "column",
     "dataset_format": "format|layout", "image_folder": "folder|image", "lora_target_modules": "LoRA target",
     "resume_from_checkpoint": "resume|checkpoint", "trigger": "caption", "streaming": "stream", "cache_dir": "cache",
+    "num_train_sigmas": "noise levels", "num_inference_steps": "noise levels",
+    "save_strategy": "the best checkpoint",
     "overwrite_output_dir": "output_dir", "sde_window_range": "trained steps", "sde_type": "trained steps", "sde_window_size": "trained steps", "bf16": "bf16", "report_to": "report|integration|supported",
 }  # fmt: skip
 
