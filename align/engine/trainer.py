@@ -98,11 +98,9 @@ class FlowTrainer(CheckpointingTrainer):
         check_zero(args, peft_config is not None or deferred.outline.adapter)
         check_memory(deferred, args)
         self.flow = model = deferred.load()
-        self.metrics = RunMetrics(self.phases)
-        self.handed_on = HandedOn()
+        self.metrics, self.handed_on = RunMetrics(self.phases), HandedOn()
         self.told: list[str] = []
-        self.interrupt = InterruptCallback()
-        self.finite = FiniteCallback(model.transformer)
+        self.interrupt, self.finite = InterruptCallback(), FiniteCallback(model.transformer)
         if peft_config is not None and model.adapter:
             raise ValueError("the model has an adapter already: give no peft_config, or load the model without it")
         set_seed(args.seed)  # before the adapter's initial weights are drawn, on every process alike
