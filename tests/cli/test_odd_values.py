@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,9 @@ def folder(tmp_path, monkeypatch):
     for name in ("WANDB_MODE", "WANDB_API_KEY", "HF_TOKEN", "WANDB_DISABLED"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    return tmp_path
+    yield tmp_path
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()  # else it keeps for later tests what it read of this one's environment
 
 
 def said(door: str, **changed) -> str:

@@ -94,6 +94,14 @@ def test_the_first_dpo_loss_is_log_2_and_its_accuracy_one_half(tmp_path):
     assert losses(trainer)[-1] != pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_held_out_prompts_without_rewards_and_without_a_grid_are_passed_over(tmp_path):
+    args = SFTConfig(**settings(tmp_path, max_steps=1, num_grid_prompts=0))
+    data, prompts = list(read_captioned(GROUNDED))[:4], [{"prompt": "a"}]
+    trainer = SFTTrainer(load_model("tiny"), args, data, eval_prompts=prompts, peft_config=lora())
+    trainer.train()
+    assert trainer.evaluate() == {} and trainer.finish("tiny", "images") is not None
+
+
 def test_training_moves_the_held_out_loss_and_the_reference_stays(tmp_path):
     args = DPOConfig(**settings(tmp_path, beta=60.0, max_steps=12, learning_rate=3e-3))
     trainer = DPOTrainer(load_model("tiny"), args, some_pairs(), some_pairs(), peft_config=lora())

@@ -9,6 +9,7 @@ from preference_files import encoded, json_lines, json_list, parquet, picture, s
 from preference_data import rows as rows_module
 from preference_data.image_folders import ImageFolder, rename_file_name_columns
 from preference_data.images import BadRow, ImageSource
+from preference_data.places import lies_in
 from preference_data.readers import read_captioned, read_preferences
 from preference_data.sources import Files, expand_pattern, open_source
 
@@ -411,3 +412,11 @@ def test_links_to_the_blobs_of_a_hub_snapshot_are_its_files(tmp_path):
     (snapshot / "1.txt").write_text("another")
     with pytest.raises(BadRow, match="outside of the data's folder"):
         list(read_captioned(snapshot))
+
+
+def test_a_relative_folder_is_that_of_the_working_folder_of_now(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+        monkeypatch.chdir(tmp_path / name)
+        assert lies_in("file", ".")
