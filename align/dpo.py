@@ -51,15 +51,13 @@ class DPOSettings:
         above=0,
     )
     loss_type: DPOLossType = setting("sigmoid", "sigmoid (DPO), hinge (SLiC) or ipo.")
-    label_smoothing: float = setting(0.0, "Share of pairs believed to be labelled wrongly (cDPO), in [0, 0.5).")
+    label_smoothing: float = setting(0.0, "Share of pairs believed to be labelled wrongly (cDPO).", least=0, below=0.5)
     sft_weight: float = setting(
         0.0, "Weight of the flow-matching loss of the chosen image, added to the loss.", least=0
     )
 
     def check_objective(self) -> None:
         """Raise ValueError for a label smoothing that means nothing."""
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must lie in [0, 0.5), found {self.label_smoothing}")
         if self.label_smoothing and self.loss_type != "sigmoid":
             raise ValueError(f"label_smoothing belongs to loss_type sigmoid, found loss_type {self.loss_type}")
 

@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 
 from align.cli.arguments import ModelArguments, parse, plain_errors, resolve_dataset
 from align.cli.data import named
-from align.cli.launch import defer_model
+from align.cli.launch import defer_model, try_attention_backend
+from align.engine.checks import check_writable
 from align.engine.settings import check_settings, plan_of, setting, values_of
 from align.engine.signals import Interrupt
 from align.models.adapters import find_adapter
@@ -49,23 +50,25 @@ class GenerateArguments:
         "", "Prompts: a file, a folder with train.jsonl, a hub name, or tiny/NAME.", fixed_on_resume=True
     )
     rewards: list[str] = setting(
-        [], "Rank the images: built-in names, module:attr or file.py:attr; mappings in a config. None: plain images."
+        [],
+        "Rank the images: built-in names, module:attr or file.py:attr; mappings in a config. None: plain images.",
+        mappings=True,
     )
     output_dir: str = setting("", "Folder of the data set: rows or images go to its subfolder SPLIT.")
     dataset_split: str = setting("train", "Split of the prompts.", fixed_on_resume=True)
     max_prompts: int | None = setting(None, "Take the first so many prompts. Default: all.", least=1)
     num_generations: int = setting(8, "Images per prompt.", fixed_on_resume=True, least=1)
-    height: int = setting(512, "Pixels.", fixed_on_resume=True)
-    width: int = setting(512, "Pixels.", fixed_on_resume=True)
+    height: int = setting(512, "Pixels.", fixed_on_resume=True, above=0)
+    width: int = setting(512, "Pixels.", fixed_on_resume=True, above=0)
     num_inference_steps: int = setting(30, "Denoising steps.", fixed_on_resume=True, least=2)
     guidance_scale: float = setting(
-        1.0, "True classifier-free guidance; acts above 1, at twice the forwards.", fixed_on_resume=True
+        1.0, "True classifier-free guidance; acts above 1, at twice the forwards.", fixed_on_resume=True, least=0
     )
     negative_prompt: str = setting(" ", "What guidance steers away from.", fixed_on_resume=True)
     rollout_batch_size: int = setting(16, "Images per forward.", least=1)
     prompts_per_file: int = setting(16, "Rows of a parquet file; a crash loses at most so many.", least=1)
     max_failed_fraction: float = setting(
-        0.1, "Share of the images a reward may fail on before the run stops.", within=(0, 1)
+        0.1, "Share of the images a reward may fail on before the run stops.", least=0, most=1
     )
     use_cpu: bool = setting(False, "Do not use an accelerator.")
     seed: int = setting(0, "Of the images' noise.", fixed_on_resume=True)
@@ -195,9 +198,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.max_prompts is not None:
             dataset = dataset.select(range(min(args.max_prompts, len(dataset))))
         check_columns(rewards, [dataset])
+        check_writable(args.output_dir)
         deferred = defer_model(model_args)
         deferred.outline.latent_shape(args.height, args.width)
         state = PartialState(cpu=args.use_cpu)
+        try_attention_backend(model_args, deferred.outline, state.device)
         check_world_size(state.num_processes, "--use_cpu true")
         process = (state.process_index, state.num_processes)
         writer = open_writer(args, dataset, rewards, args.decides(model_args, rewards), process)

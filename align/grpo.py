@@ -55,6 +55,7 @@ class GRPOConfig(AdvantageConfig):
         1.0,
         "True classifier-free guidance; acts above 1, then trained through, at twice the forwards.",
         fixed_on_resume=True,
+        least=0,
     )
     noise_level: float = setting(0.7, "Strength a of the SDE's noise.", fixed_on_resume=True, above=0)
     sde_type: SDEType = setting(

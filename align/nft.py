@@ -78,7 +78,7 @@ class NFTConfig(NoiseLevels, AdvantageConfig):
         fixed_on_resume=True,
         least=0,
     )
-    sampling_decay_max: float = setting(0.5, "See sampling_decay_rate.", fixed_on_resume=True)
+    sampling_decay_max: float = setting(0.5, "See sampling_decay_rate.", fixed_on_resume=True, least=0, below=1)
 
     # Objective.
     nft_beta: float = setting(
@@ -102,8 +102,6 @@ class NFTConfig(NoiseLevels, AdvantageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.sampling_decay_max < 1:
-            raise ValueError(f"sampling_decay_max must lie in [0, 1), found {self.sampling_decay_max}")
         if self.train_sigmas == "schedule" and self.points_per_image > self.num_inference_steps:
             raise ValueError(
                 f"num_train_sigmas {self.num_train_sigmas} is more than the schedule's {self.num_inference_steps} noise "

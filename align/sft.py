@@ -40,7 +40,8 @@ class SFTConfig(OfflineConfig):
         0.1,
         "Share of captions replaced by negative_prompt, which keeps classifier-free guidance working.",
         fixed_on_resume=True,
-        within=(0, 1),
+        least=0,
+        most=1,
     )
 
 

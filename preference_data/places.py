@@ -7,7 +7,7 @@ from pathlib import Path
 
 def lies_in(path: str | Path, folder: str | Path) -> bool:
     """Whether a file, links followed, lies in a folder; of a snapshot in the hub's cache its repository's blobs count too."""
-    real, root = os.path.realpath(path), _real(str(folder))
+    real, root = os.path.realpath(path), _real(os.path.abspath(folder))
     if os.path.commonpath([real, root]) == root:
         return True
     repository, snapshots, _ = root.rpartition(f"{os.sep}snapshots{os.sep}")

@@ -17,7 +17,9 @@ from transformers import TrainingArguments
 from trl import TrlParser
 
 from align.cli.configs import find_config
-from align.engine.settings import check_settings, setting
+from align.cli.counterparts import hint
+from align.engine.settings import check_settings, declared, kinds_of, setting
+from align.engine.values import takes_texts, wrong_kind
 from align.models.adapters import find_adapter
 from align.models.loading import nearest
 from align.tiny import IMAGES, PROMPTS
@@ -46,8 +48,8 @@ class ModelArguments:
     )
     use_peft: bool = setting(True, "Train a LoRA adapter; false fine-tunes the whole transformer.")
     lora_r: int | None = setting(None, "Rank of the adapter. Default 16.", least=1)
-    lora_alpha: int | None = setting(None, "Scale of the adapter. Default twice the rank.")
-    lora_dropout: float | None = setting(None, "Dropout inside the adapter. Default 0.")
+    lora_alpha: int | None = setting(None, "Scale of the adapter. Default twice the rank.", least=1)
+    lora_dropout: float | None = setting(None, "Dropout inside the adapter. Default 0.", least=0, below=1)
     lora_target_modules: list[str] | None = setting(
         None, "Linear layers to adapt. Default: those of the attention, as the model's family lists them."
     )
@@ -122,6 +124,8 @@ class OptionParser(TrlParser):
         self.flags = {"config", "help"}
         self._titles = {name: title for kind in dataclass_types for name, title in _titles(kind).items()}
         self._groups: dict[str, Any] = {}
+        self._kinds = {name: kind for one in dataclass_types for name, kind in kinds_of(one).items()}
+        self._mappings = {name for one in dataclass_types for name, rule in declared(one) if rule.mappings}
         super().__init__(list(dataclass_types), allow_abbrev=False, formatter_class=_HelpFormatter, **settings)
         self.usage = "%(prog)s --config FILE_OR_NAME [--OPTION VALUE ...]"  # not a list of all of them
 
@@ -136,6 +140,17 @@ class OptionParser(TrlParser):
         self.flags |= {name.lstrip("-").replace("-", "_") for name in names}
         return action
 
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        """Take a config's values as defaults, one text for a list as a list of one, as on the command line."""
+        for name, value in config.items():
+            if isinstance(value, str) and takes_texts(self._kinds.get(name)):
+                config[name] = [value]
+        return super().set_defaults_with_config(**config)
+
+    def wrong_kind(self, name: str, value: Any) -> str | None:
+        """Return what a setting's value should be and is not, if it is not."""
+        return wrong_kind(self._kinds[name], value, name in self._mappings)
+
     def error(self, message: str) -> Any:
         """Raise ValueError, where argparse would print the usage of all options."""
         raise ValueError(message)
@@ -147,7 +162,7 @@ def _titles(kind: type) -> dict[str, str]:
     for owner in kind.__mro__:
         ours = not issubclass(TrainingArguments, owner)
         file = owner.__module__.replace(".", "/") + ".py" if ours else "transformers"
-        for name in inspect.get_annotations(owner).keys() & {declared.name for declared in fields(kind)}:
+        for name in inspect.get_annotations(owner).keys() & {one.name for one in fields(kind)}:
             titles.setdefault(name, f"{owner.__name__} ({file})")
     return titles
 
@@ -168,13 +183,13 @@ def parse(dataclass_types: Sequence[type], argv: Iterable[str] | None = None, do
     parser = OptionParser(dataclass_types, prog=_command(door))
     for flag in (word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")):
         if flag not in parser.flags:
-            raise ValueError(f"unknown option --{flag}." + nearest(flag, parser.flags))
+            raise ValueError(f"unknown option --{flag}." + hint(flag, parser.flags, "--"))
     for place, word in enumerate(words):
         if word == "--config":
             if place + 1 == len(words):
                 raise ValueError("--config needs a file")
             words[place + 1] = str(find_config(words[place + 1]))
-            _check_config(Path(words[place + 1]), parser.options)
+            _check_config(Path(words[place + 1]), parser)
     return parser.parse_args_and_config(words)
 
 
@@ -204,7 +219,7 @@ def _command(door: str) -> str:
 _EXAMPLES = {"sft": "sft_style"}
 
 
-def _check_config(config: Path, known: dict[str, argparse.Action]) -> None:
+def _check_config(config: Path, parser: OptionParser) -> None:
     """Raise ValueError when a YAML file is no mapping, or has a key or a value that the arguments do not take."""
     try:
         content = yaml.safe_load(config.read_text())
@@ -212,32 +227,17 @@ def _check_config(config: Path, known: dict[str, argparse.Action]) -> None:
         raise ValueError(f"config file {config} is not YAML: {located(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"config file {config} must hold a mapping of keys to values, found {type(content).__name__}")
+    known = parser.options
     for key, value in content.items():
         if key == "env":
             continue
         if key not in known:
-            raise ValueError(f"unknown key {key!r} in {config}." + nearest(str(key), set(known)))
+            raise ValueError(f"unknown key {key!r} in {config}." + hint(str(key), known.keys()))
         if value is None and (known[key].required or known[key].default is not None):
             raise ValueError(f"{key} in {config} has no value: give it one, or leave it out")
-        wanted = _wanted_type(known[key], value)
+        wanted = None if value is None or isinstance(value, str) else parser.wrong_kind(key, value)  # text is converted
         if wanted:
             raise ValueError(f"{key} in {config} must be {wanted}, found {redacted({key: value})[key]!r}")
-
-
-def _wanted_type(action: argparse.Action, value: Any) -> str | None:
-    """Say what a YAML value should have been, for an option that argparse would have converted from text."""
-    if value is None or isinstance(value, str):
-        return None  # argparse converts text itself
-    if action.nargs in ("+", "*"):
-        return None if isinstance(value, (list, dict)) else "a list"
-    if isinstance(action.default, (dict, list)) or action.type not in (int, float, str):
-        return None
-    if action.type is str:
-        return "text"
-    integer = isinstance(value, int) and not isinstance(value, bool)
-    if action.type is int:
-        return None if integer else "a whole number"
-    return None if integer or isinstance(value, float) else "a number"
 
 
 def _split_equals(words: list[str]) -> list[str]:

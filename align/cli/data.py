@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 
 from align.cli.arguments import resolve_dataset
-from align.engine.settings import setting
+from align.engine.settings import check_settings, setting
 from preference_data.prompts import load_prompts
 from rewards import load_rewards
 
@@ -27,13 +27,19 @@ class DataArguments:
     """Prompts and rewards."""
 
     dataset_name: str = setting(MISSING, "Prompts: a file, a folder with train.jsonl, a hub name, or tiny/NAME.")
-    rewards: list[str] = setting(MISSING, "Built-in names, module:attr or file.py:attr; mappings in a config.")
+    rewards: list[str] = setting(
+        MISSING, "Built-in names, module:attr or file.py:attr; mappings in a config.", mappings=True
+    )
     dataset_split: str = setting("train", "Split to train on.")
     eval_dataset_name: str | None = setting(None, "Held-out prompts. Default: none.")
     eval_split: str = setting("test", "Split of the held-out prompts and the guards.")
     guard_dataset_names: list[str] | None = setting(
         None, "Further held-out prompts to watch for damage, logged as eval_NAME_..."
     )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        named(self.dataset_name)
 
     def load(self) -> dict[str, Any]:
         """Return what an online trainer takes: rewards, the training, the held-out and the guard prompts."""

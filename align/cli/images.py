@@ -7,7 +7,7 @@ from typing import Any
 
 from align.cli.arguments import resolve_dataset
 from align.cli.data import load_guards, named
-from align.engine.settings import setting
+from align.engine.settings import check_settings, setting
 from preference_data.pairs import STRATEGIES, build_pairs, merge_votes
 from preference_data.prompts import load_prompts
 from preference_data.readers import read_captioned, read_preferences
@@ -27,7 +27,7 @@ class SampleArguments:
         None, "Further held-out prompts to watch for damage, logged as eval_NAME_..."
     )
     rewards: list[str] = setting(
-        [], "Score the samples: built-in names, module:attr or file.py:attr; mappings in a config."
+        [], "Score the samples: built-in names, module:attr or file.py:attr; mappings in a config.", mappings=True
     )
 
     # A subclass gives these names their own line of help, and says how a data set is read.
@@ -42,6 +42,9 @@ class SampleArguments:
         None, "Where relative paths of images start and all images lie. Default: the data's folder, found."
     )
     on_bad_row: str = setting("error", "A row that cannot be used: error stops, skip leaves it out and lists it.")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def load(self) -> dict[str, Any]:
         """Return what a trainer on images takes; raises BadRow for a file that is known to be bad without decoding it."""
@@ -111,9 +114,9 @@ class PreferenceDataArguments(SampleArguments):
     pair_strategy: str = setting(
         "best_worst", f"Pairs of a ranked list: {' or '.join(STRATEGIES)}.", fixed_on_resume=True
     )
-    min_margin: float = setting(0.0, "Leave out pairs whose scores differ by less.", fixed_on_resume=True)
+    min_margin: float = setting(0.0, "Leave out pairs whose scores differ by less.", fixed_on_resume=True, least=0)
     min_confidence: float = setting(
-        0.0, "Leave out pairs that a smaller share of the votes prefers, 0..1.", fixed_on_resume=True
+        0.0, "Leave out pairs that a smaller share of the votes prefers, 0..1.", fixed_on_resume=True, least=0, most=1
     )
     merge_annotators: bool = setting(
         False, "Several rows judge one and the same pair: take the majority.", fixed_on_resume=True

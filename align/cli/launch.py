@@ -5,6 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from align.cli.arguments import DTYPES, ModelArguments, parse, plain_errors
 from align.engine import reports
 from align.engine.checkpoints import CheckpointError
@@ -46,6 +48,27 @@ def check_attention_backend(name: str | None) -> None:
         raise ValueError(f"unknown attention_backend {name!r}." + nearest(name, known))
 
 
+def try_attention_backend(arguments: ModelArguments, outline: Any, device: torch.device, half: bool = False) -> None:
+    """Raise ValueError when the attention backend lacks its package, or cannot compute on ``device``.
+
+    ``half``: the launcher computes in half precision, whatever the weights are in.
+    """
+    if arguments.attention_backend is None:
+        return
+    from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+
+    dtype = torch.bfloat16 if half else DTYPES[arguments.dtype]
+    some = torch.zeros(1, 16, 2, 64, dtype=dtype, device=device)  # batch, tokens, heads, channels
+    try:
+        outline.transformer.set_attention_backend(arguments.attention_backend)
+        dispatch_attention_fn(some, some, some, backend=AttentionBackendName(arguments.attention_backend))
+    except Exception as error:  # every backend has its own types
+        raise ValueError(
+            f"attention_backend {arguments.attention_backend} cannot be used on {device.type} in {str(dtype)[6:]}: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+
+
 def run(data_type: type, config_type: type, trainer_type: type[Any], argv: list[str] | None) -> None:
     """Train from a command line; every mistake that can be detected before the model loads is reported then."""
     with plain_errors():
@@ -54,6 +77,7 @@ def run(data_type: type, config_type: type, trainer_type: type[Any], argv: list[
         inputs = data.load()
         args.fixed_beside, args.free_beside = settings_beside(data, model_args)
         model = defer_model(model_args)
+        try_attention_backend(model_args, model.outline, args.device, half=args.bf16 or args.fp16)
         identity = run_identity(trainer_type.algorithm, model.outline.identity(), args, describe_inputs(**inputs))
         plan = plan_resume(args, identity, args.resume_from_checkpoint)
         check_adapter_stays(model_args.adapter, args, plan)

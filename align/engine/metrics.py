@@ -143,7 +143,8 @@ class RunMetrics:
         gathered = gather_object([(self._values, self.forward_equivalents, memory_peak_gib())])
         logs: dict[str, float] = {}
         for name in dict.fromkeys(name for values, *_ in gathered for name in values):
-            values = torch.tensor([v for of_process, *_ in gathered for v in of_process.get(name, [])])
+            found = [v for of_process, *_ in gathered for v in of_process.get(name, [])]
+            values = torch.tensor(found, dtype=torch.float32)  # they may all be whole
             reduced = {"ratio_min": values.min, "ratio_max": values.max}.get(name, values.nanmean)()
             logs[name] = reduced.item()
         if self._images:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import TrainerCallback, set_seed
 
 from align.engine import checkpoints, reports, trackers
-from align.engine.checks import check_memory
+from align.engine.checks import check_memory, check_run
 from align.engine.metrics import RunMetrics
 from align.engine.resume import ResumePlan, clear_earlier_run, describe_inputs, is_within, plan_resume, run_identity
 from align.engine.saving import CheckpointingTrainer, HandedOn
@@ -28,7 +28,7 @@ from align.models.families import Deferred
 from align.models.loading import EMBEDDED, nearest
 from align.models.trained import without_dropout
 from align.parallel.sharding import check_zero, gathered_state, keep_zero3_from_loading, zero_stage
-from align.sampling.held_out import check_columns, evaluate_prompts
+from align.sampling.held_out import as_prompts, check_columns, evaluate_prompts
 from preference_data.account import Account
 from preference_data.cache import CacheUnusable
 from rewards import Reward, RewardError, load_rewards
@@ -77,15 +77,18 @@ class FlowTrainer(CheckpointingTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         rewards: list[Any] | None = None,
-        eval_prompts: Dataset | None = None,
-        guard_datasets: dict[str, Dataset] | None = None,
+        eval_prompts: Dataset | list[dict[str, Any]] | None = None,
+        guard_datasets: dict[str, Any] | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.rewards: list[Reward] = load_rewards(rewards) if rewards else []
-        self.eval_prompts, self.guard_datasets = eval_prompts, guard_datasets or {}
+        eval_prompts = None if eval_prompts is None else as_prompts(eval_prompts, "held-out prompts")
+        guard_datasets = {name: as_prompts(rows, f"guard {name}") for name, rows in (guard_datasets or {}).items()}
+        self.eval_prompts, self.guard_datasets = eval_prompts, guard_datasets
         prompts = [] if eval_prompts is None else [eval_prompts]
         check_columns(self.rewards, [*prompts, *self.guard_datasets.values()])
+        check_run(args)
         self.check_data(args, train_dataset)
         args.check_evaluation(eval_prompts is not None or eval_dataset is not None)
         args.check_best(eval_prompts is not None and bool(self.rewards), eval_dataset is not None)
@@ -95,11 +98,9 @@ class FlowTrainer(CheckpointingTrainer):
         check_zero(args, peft_config is not None or deferred.outline.adapter)
         check_memory(deferred, args)
         self.flow = model = deferred.load()
-        self.metrics = RunMetrics(self.phases)
-        self.handed_on = HandedOn()
+        self.metrics, self.handed_on = RunMetrics(self.phases), HandedOn()
         self.told: list[str] = []
-        self.interrupt = InterruptCallback()
-        self.finite = FiniteCallback(model.transformer)
+        self.interrupt, self.finite = InterruptCallback(), FiniteCallback(model.transformer)
         if peft_config is not None and model.adapter:
             raise ValueError("the model has an adapter already: give no peft_config, or load the model without it")
         set_seed(args.seed)  # before the adapter's initial weights are drawn, on every process alike
@@ -237,6 +238,8 @@ class FlowTrainer(CheckpointingTrainer):
         metrics: dict[str, float] = {}
         rows: list[dict[str, Any]] = []
         grid: Path | None = None
+        if not self.rewards and not args.num_grid_prompts:
+            return metrics
         named = {} if prompts is None else {prefix: prompts}
         named |= {f"{prefix}_{name}": data for name, data in self.guard_datasets.items()}
         for name, dataset in named.items():

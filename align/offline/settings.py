@@ -22,6 +22,7 @@ class OfflineConfig(NoiseLevels, FlowConfig):
         "Longest to shortest side of the aspect-ratio buckets; 1: square alone.",
         fixed_on_resume=True,
         least=1,
+        most=100,
     )
     cache_dir: str | None = setting(
         "~/.cache/flow-align", "Latents and prompt embeddings are kept here, by content. none: encode every time."

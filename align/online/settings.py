@@ -15,7 +15,7 @@ class OnlineConfig(FlowConfig):
 
     num_inference_steps: int = setting(30, "Denoising steps of a rollout.", fixed_on_resume=True, least=2)
     guidance_scale: float = setting(
-        1.0, "True classifier-free guidance; acts above 1, at twice the forwards.", fixed_on_resume=True
+        1.0, "True classifier-free guidance; acts above 1, at twice the forwards.", fixed_on_resume=True, least=0
     )
     num_generations: int = setting(16, "Images per prompt: the group.", fixed_on_resume=True)
     generation_batch_size: int = setting(128, "Images per rollout, over all processes.", fixed_on_resume=True, least=1)

@@ -18,7 +18,7 @@ from align.engine.trainer import FlowTrainer, ModelSource
 from align.maths.losses import LossResult
 from align.online.buffers import Batching
 from align.online.settings import OnlineConfig
-from align.sampling.held_out import check_columns
+from align.sampling.held_out import as_prompts, check_columns
 from align.sampling.noise import ImageKey, first_of_start
 from align.sampling.rollout import Rollout, Velocity, velocity_fn
 from align.sampling.scored import requests_of, sample_and_score
@@ -79,8 +79,8 @@ class OnlineTrainer(FlowTrainer):
         model: the policy, see :class:`align.models.contract.FlowModel`, its name, or a :class:`~align.models.families.Deferred` one.
         rewards: what ``rewards.load_rewards`` takes: names, mappings, or plain functions.
         args: see :class:`align.online.settings.OnlineConfig`.
-        train_dataset: a ``prompt`` column and whatever columns the rewards ask for by name.
-        eval_dataset: held-out prompts; logged as ``eval_reward`` and ``eval_NAME``.
+        train_dataset: a ``prompt`` column and whatever columns the rewards ask for by name; or a list of such rows.
+        eval_dataset: held-out prompts, the same; logged as ``eval_reward`` and ``eval_NAME``.
         guard_datasets: further held-out prompts, watched for damage; logged as ``eval_GUARD_NAME``.
         peft_config: train this adapter; without it the whole transformer (or the adapter already loaded).
 
@@ -98,9 +98,9 @@ class OnlineTrainer(FlowTrainer):
         model: ModelSource,
         rewards: list[Any],
         args: OnlineConfig,
-        train_dataset: Dataset,
-        eval_dataset: Dataset | None = None,
-        guard_datasets: dict[str, Dataset] | None = None,
+        train_dataset: Dataset | list[dict[str, Any]],
+        eval_dataset: Dataset | list[dict[str, Any]] | None = None,
+        guard_datasets: dict[str, Any] | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
@@ -110,6 +110,7 @@ class OnlineTrainer(FlowTrainer):
                 f"lora_dropout must be 0, found {dropout}: sampling and replay would see two different policies"
             )
         args.check_world(args.world_size)
+        train_dataset = as_prompts(train_dataset, "train_dataset")
         if not rewards:
             raise ValueError("rewards is empty: a trainer needs at least one, as load_rewards(...) returns them")
         super().__init__(

@@ -34,6 +34,19 @@ class Evaluation:
     images: list[tuple[str, list[Image.Image]]]
 
 
+def as_prompts(data: Any, what: str) -> Dataset:
+    """Return prompts as a data set: as they are, or made of a list of rows; raises ValueError for anything else."""
+    if isinstance(data, Dataset):
+        return data
+    if isinstance(data, list) and all(isinstance(row, dict) for row in data):
+        return Dataset.from_list(data)
+    inside = f" of {type(data[0]).__name__}" if isinstance(data, list) and data else ""
+    raise ValueError(
+        f"{what} must be a datasets.Dataset, or a list of rows such as {{'prompt': 'a cat'}}, found "
+        f"{type(data).__name__}{inside}"
+    )
+
+
 def check_columns(rewards: Sequence[Reward], datasets: Sequence[Dataset]) -> None:
     """Raise ValueError when data lack prompts, or a column or a category that a reward asks for."""
     for dataset in datasets:

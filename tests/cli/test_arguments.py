@@ -129,8 +129,8 @@ def test_rewards_of_a_config_file_stay_mappings():
         ("epsilon: 1e-4", "epsilon", 1e-4),  # YAML 1.1 reads this as text
         ("epsilon: 1.0e-4", "epsilon", 1e-4),
         ("learning_rate: 3e-4", "learning_rate", 3e-4),
-        ("weight_decay: -1e-2", "weight_decay", -1e-2),
-        ("seed: -3", "seed", -3),
+        ("eval_delay: -1e-2", "eval_delay", -1e-2),
+        ("eval_seed: -3", "eval_seed", -3),
         ("sde_window_range: [1, 4]", "sde_window_range", [1, 4]),
         ("sde_window_range:", "sde_window_range", None),
         ("bf16_full_eval: no", "bf16_full_eval", False),
@@ -148,9 +148,9 @@ def test_values_of_a_config_file_have_their_type(text, key, value):
 @pytest.mark.parametrize(
     ("words", "key", "value"),
     [
-        (["--seed", "-3"], "seed", -3),
-        (["--weight_decay", "-0.5"], "weight_decay", -0.5),
-        (["--weight_decay=-5e-1"], "weight_decay", -0.5),
+        (["--eval_seed", "-3"], "eval_seed", -3),
+        (["--eval_delay", "-0.5"], "eval_delay", -0.5),
+        (["--eval_delay=-5e-1"], "eval_delay", -0.5),
         (["--epsilon", "1e-4"], "epsilon", 1e-4),
         (["--num-iterations", "3"], "num_iterations", 3),
         (["--num_iterations=3"], "num_iterations", 3),
@@ -204,7 +204,7 @@ def test_an_abbreviated_option_is_not_guessed_at():
     [
         ("num_generation: 4", ["unknown key 'num_generation' in config.yaml", "Did you mean 'num_generations'?"]),
         ("num-generations: 4", ["unknown key 'num-generations'", "Did you mean 'num_generations'?"]),
-        ("zzzzzz: 4", ["unknown key 'zzzzzz' in config.yaml", "There are: "]),
+        ("zzzzzz: 4", ["unknown key 'zzzzzz' in config.yaml. --help lists all."]),
         ("config: other.yaml", ["unknown key 'config'"]),
         ("help: true", ["unknown key 'help'"]),
         ("3: 4", ["unknown key 3 in config.yaml"]),

@@ -94,3 +94,10 @@ def test_a_run_logs_where_its_time_went(tmp_path):
         assert all(entry[f"seconds_{part}"] > 0 for part in ("transformer", "vae", "backward"))
         assert entry["seconds_outside_models"] > 0
     assert "seconds_text_encoder" in logs[0]
+
+
+def test_whole_numbers_are_averaged_too():
+    metrics = RunMetrics(("update",))
+    metrics.record(decay=0, size=[1, 2])
+    logs = metrics.drain()
+    assert (logs["decay"], logs["size"]) == (0.0, 1.5)

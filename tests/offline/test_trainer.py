@@ -95,6 +95,15 @@ def test_the_first_dpo_loss_is_log_2_and_its_accuracy_one_half(tmp_path):
     assert losses(trainer)[-1] != pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_held_out_prompts_without_rewards_and_without_a_grid_are_passed_over(tmp_path):
+    args = SFTConfig(**settings(tmp_path, max_steps=1, num_grid_prompts=0))
+    data, prompts = list(read_captioned(GROUNDED))[:4], [{"prompt": "a"}]
+    trainer = SFTTrainer(load_model("tiny"), args, data, eval_prompts=prompts, peft_config=lora())
+    trainer.train()
+    assert not any(name.startswith("eval_") for name in trainer.evaluate())
+    trainer.finish("tiny", "images")
+
+
 def test_training_moves_the_held_out_loss_and_the_reference_stays(tmp_path):
     args = DPOConfig(**settings(tmp_path, beta=60.0, max_steps=12, learning_rate=3e-3))
     trainer = DPOTrainer(load_model("tiny"), args, some_pairs(), some_pairs(), peft_config=lora())
@@ -294,7 +303,7 @@ def test_a_broken_image_stops_or_is_listed(tmp_path):
     ("config", "wrong", "message"),
     [
         (SFTConfig, {"caption_dropout": 1.5}, r"caption_dropout must lie in \[0, 1\], found 1.5"),
-        (SFTConfig, {"max_aspect_ratio": 0.5}, "max_aspect_ratio must be at least 1"),
+        (SFTConfig, {"max_aspect_ratio": 0.5}, r"max_aspect_ratio must lie in \[1, 100\]"),
         (SFTConfig, {"logit_std": 0.0}, "logit_std must be positive"),
         (DPOConfig, {"beta": 0.0}, "beta must be positive, found 0"),
         (DPOConfig, {"loss_type": "sigmid"}, "loss_type must be one of sigmoid, hinge, ipo, found 'sigmid'"),

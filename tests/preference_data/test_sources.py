@@ -9,6 +9,7 @@ from preference_files import encoded, json_lines, json_list, parquet, picture, s
 from preference_data import rows as rows_module
 from preference_data.image_folders import ImageFolder, rename_file_name_columns
 from preference_data.images import BadRow, ImageSource
+from preference_data.places import lies_in
 from preference_data.readers import read_captioned, read_preferences
 from preference_data.sources import Files, expand_pattern, open_source
 
@@ -492,3 +493,11 @@ def test_a_column_that_some_rows_lack_is_missing_there_alone(folder):
         folder / "a.jsonl", [{"im": "a.png", "prompt": "a"}, {"prompt": "no image"}, {"im": "b.png", "prompt": "b"}]
     )
     assert captions_of(file, columns={"image": "im"}, on_bad_row="skip") == ["a", "b"]
+
+
+def test_a_relative_folder_is_that_of_the_working_folder_of_now(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+        monkeypatch.chdir(tmp_path / name)
+        assert lies_in("file", ".")
