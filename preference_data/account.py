@@ -16,6 +16,14 @@ MUCH_CROPPED = 0.2
 PAIRS_LEFT_OUT = ("ties", "below_margin", "below_confidence", "equal_images", "unscored")
 _EXAMPLES = 3  # named of what is left out, for each reason
 
+#: An image's width, height and :meth:`~preference_data.images.ImageSource.looked_at`.
+Look = tuple[int, int, bytes]
+
+
+def looks_of(images: Sequence[ImageSource]) -> list[Look]:
+    """Return what an account needs of images, which need not be kept for it."""
+    return [(*image.size(), image.looked_at()) for image in images]
+
 
 @dataclass
 class Account:
@@ -79,11 +87,14 @@ class Account:
 
     def add(self, origin: str, images: Sequence[ImageSource], bucket: Bucket) -> None:
         """Count an example, all of whose images are trained at the size of ``bucket``; ``origin``: of its caption."""
+        self.count(origin, looks_of(images), bucket)
+
+    def count(self, origin: str, looks: Sequence[Look], bucket: Bucket) -> None:
+        """Count an example as :meth:`add` does, whose images were looked at before."""
         self.examples += 1
         self.captions[origin or "a column"] += 1
         self.buckets[bucket] += 1
-        for image in images:
-            width, height = image.size()
+        for width, height, look in looks:
             share, larger = cropped_share(width, height, bucket), enlargement(width, height, bucket)
             self.images += 1
             self.pixels += width * height
@@ -91,7 +102,6 @@ class Account:
             self.much_cropped += share > MUCH_CROPPED
             self.enlarged += larger > 1
             self.largest_enlargement = max(self.largest_enlargement, larger)
-            look = image.looked_at()
             self.duplicates += look in self._seen
             self._seen.add(look)
 

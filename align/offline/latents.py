@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from align.models.contract import FlowModel, Request
-from preference_data.account import Account
+from preference_data.account import Account, Look, looks_of
 from preference_data.buckets import Bucket, fit, nearest_bucket
 from preference_data.cache import CacheUnusable, TensorCache, cache_key
 from preference_data.images import BadRow, ImageSource
@@ -74,6 +74,9 @@ class LatentStore:
         """
         examples: list[Example | None] = []
         bad: dict[int, tuple[str, str]] = {}
+        looked: dict[
+            int, tuple[str, list[Look], Bucket]
+        ] = {}  # what the account needs of a row, if no process finds it bad
         account = Account(what)
         bar = tqdm(rows, desc=f"encoding {what}", unit=" rows", disable=not self._state.is_main_process, leave=False)
         for number, (request, images, origin) in enumerate(bar):
@@ -84,7 +87,7 @@ class LatentStore:
                 if mine:
                     self._read(example, images)
                 if self._state.is_main_process:  # it alone tells
-                    account.add(origin, images, example.bucket)
+                    looked[number] = origin, looks_of(images), example.bucket
             except BadRow as error:
                 bad[number] = (error.where, error.problem)
             examples.append(example)
@@ -92,6 +95,8 @@ class LatentStore:
             bad |= bad_of_process
         self._report(bad, account, len(examples))
         kept = [e for number, e in enumerate(examples) if e is not None and number not in bad]
+        for number in sorted(looked.keys() - bad.keys()):
+            account.count(*looked[number])
         account.examples = len(kept)
         if not kept:
             return kept, account

@@ -91,6 +91,15 @@ def test_what_is_written_gets_its_name_at_the_end_and_lists_its_files(tmp_path):
     assert content["files"] == {"model": 10, "deeper/shard": 7} and content["run"] == RUN and content["format"] == 3
 
 
+def test_others_may_read_the_checkpoint_of_a_run_that_never_ends(tmp_path):
+    """safetensors writes for its owner alone, and only the end of a run sets that right in output_dir."""
+    with written(tmp_path / "checkpoint-1", RUN, True) as folder:
+        fill(folder, model=10, other=1)
+        (folder / "model").chmod(0o600)
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "checkpoint-1").iterdir()}
+    assert modes["model"] == modes["other"] == modes[MANIFEST]
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
