@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from align.cli.arguments import resolve_dataset
 from align.cli.data import load_guards, named
@@ -41,7 +41,9 @@ class SampleArguments:
     image_folder: str | None = setting(
         None, "Where relative paths of images start and all images lie. Default: the data's folder, found."
     )
-    on_bad_row: str = setting("error", "A row that cannot be used: error stops, skip leaves it out and lists it.")
+    on_bad_row: Literal["error", "skip"] = setting(
+        "error", "A row that cannot be used: error stops, skip leaves it out and lists it."
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -111,7 +113,7 @@ class PreferenceDataArguments(SampleArguments):
         None, "Their layout: pickapic, hpdv3, pairs, ranked, ... Default: by the columns.", fixed_on_resume=True
     )
     streaming: bool = setting(False, "Read a hub data set as it comes, without storing it.")
-    pair_strategy: str = setting(
+    pair_strategy: Literal["best_worst", "all_pairs"] = setting(
         "best_worst", f"Pairs of a ranked list: {' or '.join(STRATEGIES)}.", fixed_on_resume=True
     )
     min_margin: float = setting(0.0, "Leave out pairs whose scores differ by less.", fixed_on_resume=True, least=0)

@@ -206,8 +206,9 @@ class FlowConfig(TrainingArguments):
         for name, why in _OF_LANGUAGE_MODELS.items():
             if getattr(self, name):
                 raise ValueError(f"{name} {why}, which is not trained here: leave it out")
-        if self.dataloader_multiprocessing_context is not None and not self.dataloader_num_workers:
-            raise ValueError("dataloader_multiprocessing_context needs dataloader_num_workers of at least 1, found 0")
+        for name in ("dataloader_multiprocessing_context", "dataloader_persistent_workers"):
+            if getattr(self, name) and not self.dataloader_num_workers:
+                raise ValueError(f"{name} needs dataloader_num_workers of at least 1, found 0")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be false: rewards and trainers take data columns by name")
 
