@@ -31,7 +31,6 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "trl.trainer.utils", 
 LONGEST = 300  # seconds of the tests of one mutant, which then counts as caught: it hangs
 OFFLINE = ("tests/offline/test_examples.py", "tests/offline/test_trainer.py", "-k", "not stock and not preferences")
 CHECKPOINTS = ("tests/engine/test_checkpoints.py", "-k", "not processes and not scheduler and not process_group")
-#: What pytest is given for each module.
 TESTS = {
     "align/maths/advantages.py": ("tests/maths/test_advantages.py",),
     "align/maths/flow.py": ("tests/maths/test_flow.py",),
