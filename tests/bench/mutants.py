@@ -4,9 +4,9 @@
     python tests/bench/mutants.py align/maths/losses.py align/maths/flow.py --count 20
 
 A mutant is one change in a copy of the checkout: of a comparison, an operator, a number, a `not`, an `and`, a `min`, two
-arguments, or a keyword argument or call that is dropped. The tests of its module (TESTS, the quickest first) run on it up to
-their first failure. A mutant that none of them notices survives and is printed with its place: it is a behaviour that nothing
-pins, or a change that changes nothing. Messages and annotations are left as they are. Each mutant runs in a fork.
+arguments, or a keyword argument or call that is dropped. The tests of its module (TESTS, the quickest first) run on it, in a
+fork, up to their first failure. One that none of them notices survives and is printed: it is a behaviour that nothing pins,
+or a change that changes nothing. Messages and annotations are left as they are.
 """
 
 import argparse
@@ -31,7 +31,6 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "trl.trainer.utils", 
 LONGEST = 300  # seconds of the tests of one mutant, which then counts as caught: it hangs
 OFFLINE = ("tests/offline/test_examples.py", "tests/offline/test_trainer.py", "-k", "not stock and not preferences")
 CHECKPOINTS = ("tests/engine/test_checkpoints.py", "-k", "not processes and not scheduler and not process_group")
-#: What pytest is given for each module.
 TESTS = {
     "align/maths/advantages.py": ("tests/maths/test_advantages.py",),
     "align/maths/flow.py": ("tests/maths/test_flow.py",),

@@ -100,6 +100,13 @@ def test_others_may_read_the_checkpoint_of_a_run_that_never_ends(tmp_path):
     assert modes["model"] == modes["other"] == modes[MANIFEST]
 
 
+def test_a_checkpoint_leaves_no_file_open(tmp_path):
+    """A long run would end when the system gives it no more."""
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    make(tmp_path, 1)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [

@@ -6,6 +6,7 @@ from asking import ask
 from matching_runs import settings, shifted
 
 from align.engine.matching import MatchingBatch, matching_errors
+from align.models.families import load_model
 from align.sampling.noise import seeded_generator
 from align.sft import SFTConfig
 from preference_data.buckets import Bucket
@@ -36,3 +37,17 @@ def test_errors_are_those_of_each_image_on_its_own(tiny):
             v = tiny.velocity(noisy[None], s[None], tiny.encode([request]), height=64, width=64)
             expected = ((v[0] - (noise[row] - clean)) ** 2).mean()
             torch.testing.assert_close(errors[row, image], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_errors_are_of_the_transformer_that_is_given(tiny):
+    """A launcher's wrapper would be passed by, and GPUs would drift apart; a frozen reference would be the policy itself."""
+    other = load_model("tiny").transformer
+    for parameter in other.parameters():
+        parameter.mul_(1.1)
+    latents, noise = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0))
+    batch = MatchingBatch(latents[None, None], noise[None], torch.tensor([0.5]), ask(["a circle"]), Bucket(64, 64))
+    errors = matching_errors(tiny, batch, other)
+    assert (errors - matching_errors(tiny, batch, tiny.transformer)).abs() > 1e-3
+    tiny.transformer.load_state_dict(other.state_dict())
+    assert torch.equal(errors, matching_errors(tiny, batch, tiny.transformer))
