@@ -79,6 +79,8 @@ class GenerateArguments:
         if not self.output_dir:
             raise ValueError("output_dir is missing: pass --output_dir, or `output_dir:` in the config")
         check_settings(self)
+        if self.dataset_split in ("", "..") or Path(self.dataset_split).name != self.dataset_split:
+            raise ValueError(f"dataset_split must be a name, which a folder gets too, found {self.dataset_split!r}")
         if self.rewards and self.num_generations < 2:
             raise ValueError(f"num_generations must be at least 2 for rewards to rank, found {self.num_generations}")
 

@@ -109,6 +109,7 @@ NAN, INFINITE = float("nan"), float("inf")
         ("grpo", {"warmup_steps": NAN}, "warmup_steps in config.yaml must be a finite number, found nan"),
         ("grpo", {"guidance_scale": NAN}, "guidance_scale in config.yaml must be a finite number, found nan"),
         ("grpo", {"guidance_scale": -1}, "guidance_scale must be at least 0, found -1"),
+        ("generate", {"dataset_split": "/dev/null/x"}, "dataset_split must be a name, which a folder gets too"),
         ("generate", {"guidance_scale": -1}, "guidance_scale must be at least 0, found -1"),
         ("sft", {"lora_dropout": -0.1}, "lora_dropout must lie in [0, 1), found -0.1"),
         ("sft", {"lora_alpha": 0}, "lora_alpha must be at least 1, found 0"),

@@ -161,8 +161,9 @@ def _value(rng: random.Random, name: str, kind: Any, choices: Any) -> Any:
 
 
 def names_a_key(message: str, changed: dict[str, Any]) -> bool:
-    """Whether a message names one of the settings that were changed."""
-    return any(name in message or re.search(_CALLED.get(name, "$^"), message) for name in changed)
+    """Whether a message names one of the settings that were changed, or a file that was given."""
+    named = any(name in message or re.search(_CALLED.get(name, "$^"), message) for name in changed)
+    return named or any(isinstance(value, str) and len(value) > 3 and value in message for value in changed.values())
 
 
 def broken_weights(folder: Path) -> list[str]:
