@@ -310,7 +310,7 @@ def test_a_field_says_what_its_value_may_be():
     @dataclasses.dataclass
     class Some:
         count: int | None = setting(3, "How many.", least=1)
-        share: float = setting(0.5, "A share.", within=(0, 1))
+        share: float = setting(0.5, "A share.", least=0, most=1)
         rate: float = setting(0.1, "A rate.", above=0)
 
     check_settings(Some())
