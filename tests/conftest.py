@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 import pytest
 import torch
 from datasets import Dataset
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 from align.models.families import load_model
 from align.models.qwen_image import QwenImage
@@ -15,6 +16,13 @@ from preference_data.prompts import load_prompts
 
 # Of two cores: both, or one for each of two processes of tests.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture(autouse=True)
+def stock_attention():
+    """diffusers keeps the attention backend for the process: a run in it that sets another would change later tests."""
+    yield
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
 
 
 @pytest.fixture

@@ -55,13 +55,14 @@ def try_attention_backend(arguments: ModelArguments, outline: Any, device: torch
     """
     if arguments.attention_backend is None:
         return
-    from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+    from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 
     dtype = torch.bfloat16 if half else DTYPES[arguments.dtype]
     some = torch.zeros(1, 16, 2, 64, dtype=dtype, device=device)  # batch, tokens, heads, channels
     try:
-        outline.transformer.set_attention_backend(arguments.attention_backend)
-        dispatch_attention_fn(some, some, some, backend=AttentionBackendName(arguments.attention_backend))
+        with attention_backend(arguments.attention_backend):  # which is the process's, not the model's
+            outline.transformer.set_attention_backend(arguments.attention_backend)
+            dispatch_attention_fn(some, some, some, backend=AttentionBackendName(arguments.attention_backend))
     except Exception as error:  # every backend has its own types
         raise ValueError(
             f"attention_backend {arguments.attention_backend} cannot be used on {device.type} in {str(dtype)[6:]}: "
