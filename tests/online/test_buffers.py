@@ -199,7 +199,6 @@ def test_no_micro_batch_is_larger_than_the_batch_size(processes, updates, shared
     generator = torch.Generator().manual_seed(0)
     for number in range(20):
         informative = (torch.rand(64, generator=generator) < 0.7).repeat_interleave(8 if number % 2 else 1)[:64]
-        sizes: dict[int, list[int]] = {}
         for process in range(processes):
             images = 64 // processes
             source = RolloutBuffer(
@@ -211,7 +210,6 @@ def test_no_micro_batch_is_larger_than_the_batch_size(processes, updates, shared
             for index in range(4 * updates):  # two passes of micro-batches, two of which make an update
                 for dead_too in (False, True):
                     rows = source._select_rows(index, 3, dead_too, starts)[1]
-                    sizes.setdefault(index // 2, []).append(len(rows))
                     assert len(rows) <= images * 3 // (2 * updates), (process, index)
 
 
