@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from rewards.contract import Reward, RewardError, RewardFailed, RunsElsewhere, describe
+from rewards.contract import Answer, Reward, RewardError, RewardFailed, RunsElsewhere, describe
 from rewards.threads import REWARDS_LOOP, EventLoop, in_thread
 
 
@@ -64,11 +64,9 @@ def score_all(
             found.failures[reward.name] = describe(result)
             found.scores.append([math.nan] * len(images))
             continue
-        if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
-            result, extras = result
-            for name, value in extras.items():
-                found.extras[f"{reward.name}/{name}"] = _check_extra(reward, name, value)
-        found.scores.append(_check_scores(reward, result, len(images)))
+        scores, extras = _checked(reward, result, len(images))
+        found.scores.append(scores)
+        found.extras.update({f"{reward.name}/{name}": values for name, values in extras.items()})
     return found
 
 
@@ -78,22 +76,21 @@ def score_one(
     prompts: list[str],
     columns: Mapping[str, list[Any]],
     loop: EventLoop = REWARDS_LOOP,
-) -> list[float]:
-    """Score images with one reward, as :func:`score` does, but raise what the reward raises; extras are left out.
+) -> Answer:
+    """Score images with one reward, for another process, as :func:`score_all` does, but raise what the reward raises.
 
     ``loop``: on which an async reward runs, always the same one.
     """
     (result,) = _run_coroutine(_call_all([reward], images, prompts, columns, loop))
     if isinstance(result, Exception):
         raise result
-    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
-        result = result[0]
-    return _check_scores(reward, result, len(images))
+    scores, extras = _checked(reward, result, len(images))
+    return Answer(_as_json(scores), {name: _as_json(values) for name, values in extras.items()})
 
 
-def as_json(scores: Sequence[float]) -> list[float | None]:
+def _as_json(values: Sequence[float]) -> list[float | None]:
     """Replace NaN, which JSON does not have, by None."""
-    return [None if math.isnan(value) else value for value in scores]
+    return [None if math.isnan(value) else value for value in values]
 
 
 def _run_coroutine(calls: Coroutine[Any, Any, list[Any]]) -> list[Any]:
@@ -152,6 +149,15 @@ def _call(reward: Reward, images: list[Image.Image], prompts: list[str], columns
 
 def _is_async(function: Any) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def _checked(reward: Reward, result: Any, expected: int) -> tuple[list[float], dict[str, list[float]]]:
+    """Return the scores in what a reward returned, and the extras, if it returned both."""
+    extras: Mapping[Any, Any] = {}
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
+        result, extras = result
+    numbers_by_name = {str(name): _check_extra(reward, name, value) for name, value in extras.items()}
+    return _check_scores(reward, result, expected), numbers_by_name
 
 
 def _check_scores(reward: Reward, result: Any, expected: int) -> list[float]:

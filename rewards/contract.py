@@ -4,7 +4,7 @@ import abc
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -38,6 +38,13 @@ def describe(error: BaseException) -> str:
     return str(error) if isinstance(error, RewardFailed) else f"{type(error).__name__}: {error}"
 
 
+class Answer(NamedTuple):
+    """What a reward that runs elsewhere answers: a score for each image, and extras by name; None for "not scored"."""
+
+    scores: list[float | None]
+    extras: dict[str, list[float | None]]
+
+
 class RunsElsewhere(abc.ABC):
     """A callable reward whose work is done by another process or by a service.
 
@@ -48,7 +55,7 @@ class RunsElsewhere(abc.ABC):
     required: tuple[str, ...]
 
     @abc.abstractmethod
-    async def __call__(self, images: list[Image.Image], prompts: list[str], **columns: list[Any]) -> list[float | None]:
+    async def __call__(self, images: list[Image.Image], prompts: list[str], **columns: list[Any]) -> Answer:
         """Score images; raise RewardFailed, RewardUnavailable or RewardError."""
 
     @abc.abstractmethod

@@ -2,7 +2,7 @@
 
 | | |
 |---|---|
-| ``POST /score/NAME`` | takes a frame of `rewards.remote.wire`, or JSON ``{"prompts": [...], "images": [base64 PNG, ...], "columns": {}}``; answers ``{"scores": [...]}``, null for not scored |
+| ``POST /score/NAME`` | takes a frame of `rewards.remote.wire`, or JSON ``{"prompts": [...], "images": [base64 PNG, ...], "columns": {}}``; answers ``{"scores": [...]}``, null for not scored, and ``"extras": {NAME: [...]}`` if the reward returns any |
 | ``GET /rewards`` | names, the columns that each takes and needs, the limits, the version |
 | ``GET /health`` | 200 if everything is loaded and well, else 503 with what is wrong |
 | ``GET /metrics`` | for Prometheus |

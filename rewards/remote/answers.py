@@ -58,3 +58,17 @@ def parsed(answer: httpx.Response, **options: Any) -> Any:
         return answer.json(**options)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def json_object(answer: httpx.Response) -> dict[str, Any]:
+    """Return the JSON object in an answer, empty if there is none."""
+    try:
+        content = parsed(answer)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def are_numbers(values: Any) -> bool:
+    """Whether a part of an answer, its integers read as floats, is a list of numbers and null."""
+    return isinstance(values, list) and all(isinstance(value, float | None) for value in values)

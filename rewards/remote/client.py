@@ -20,11 +20,11 @@ import httpx
 import tenacity
 from PIL import Image
 
-from rewards.contract import CALL_SECONDS, RewardError, RewardFailed, RewardUnavailable, RunsElsewhere
+from rewards.contract import CALL_SECONDS, Answer, RewardError, RewardFailed, RewardUnavailable, RunsElsewhere
 from rewards.hints import nearest
 from rewards.redaction import foreign, redacted
 from rewards.remote import wire
-from rewards.remote.answers import fetch, parsed
+from rewards.remote.answers import are_numbers, fetch, json_object, parsed
 from rewards.remote.headers import retry_after
 from rewards.threads import EventLoop, in_thread
 
@@ -35,8 +35,6 @@ CONNECT_SECONDS, LEFT_OUT_SECONDS, LOADING_SECONDS = 3.0, 10.0, 600.0
 #: First and longest pause between tries, which doubles from one to the next, and the largest random addition.
 BACKOFF_SECONDS, LONGEST_SECONDS, JITTER_SECONDS = 0.5, 30.0, 0.5
 _RETRIED = (408, 429, 502, 503, 504)
-#: Types of a score in an answer.
-_SCORES = {float, type(None)}
 
 
 class _TryAgain(Exception):
@@ -88,21 +86,24 @@ class Remote(RunsElsewhere):
         self.columns = None if description["columns"] is None else tuple(description["columns"])
         self.required = tuple(description["required"])
 
-    async def __call__(self, images: list[Image.Image], prompts: list[str], **columns: list[Any]) -> list[float | None]:
+    async def __call__(self, images: list[Image.Image], prompts: list[str], **columns: list[Any]) -> Answer:
         """Score images, in threads; raise RewardFailed, RewardUnavailable or RewardError."""
         deadline = time.monotonic() + max(CALL_SECONDS, self.timeout)
         size = self.images_per_request or max(1, len(images))
         # Two requests for each endpoint: one is sent while the other is scored.
         limit = asyncio.Semaphore(2 * len(self.endpoints))
 
-        async def score_from(start: int) -> list[float | None]:
+        async def score_from(start: int) -> Answer:
             rows = slice(start, start + size)
             columns_of_rows = {name: values[rows] for name, values in columns.items()}
             async with limit:
                 return await in_thread(self._request, images[rows], prompts[rows], columns_of_rows, deadline)
 
-        results = await asyncio.gather(*map(score_from, range(0, max(1, len(images)), size)))
-        return [score for scores in results for score in scores]
+        answers = await asyncio.gather(*map(score_from, range(0, max(1, len(images)), size)))
+        extras: dict[str, list[float | None]] = {}
+        for name, values in (item for answer in answers for item in answer.extras.items()):
+            extras.setdefault(name, []).extend(values)
+        return Answer([score for answer in answers for score in answer.scores], extras)
 
     def check_values(self, row: Mapping[str, Any]) -> None:
         """Raise ValueError, naming the column, for a value of a data row that JSON would lose or change."""
@@ -130,7 +131,7 @@ class Remote(RunsElsewhere):
         prompts: Sequence[str],
         columns: Mapping[str, Sequence[Any]],
         deadline: float,
-    ) -> list[float | None]:
+    ) -> Answer:
         frame = wire.encode_request(images, prompts, columns)
         length = max(sum(map(len, frame)), sum(wire.memory(image.mode, image.size) for image in images))
         if length > self._max_bytes:  # the service refuses it before reading it, which looks like a lost connection
@@ -156,7 +157,7 @@ class Remote(RunsElsewhere):
         drawn = tenacity.wait_exponential_jitter(BACKOFF_SECONDS, LONGEST_SECONDS, 2, JITTER_SECONDS)(state)
         return max(drawn, getattr(_error(state), "seconds", 0.0))
 
-    def _try_endpoints(self, frame: list[bytes], images: int, deadline: float) -> list[float | None]:
+    def _try_endpoints(self, frame: list[bytes], images: int, deadline: float) -> Answer:
         """Send a request to one endpoint after the other until one answers, an error is final, or the time is up."""
         errors: list[_TryAgain | RewardUnavailable] = []
         for endpoint in self._endpoints_in_turn():
@@ -184,35 +185,38 @@ class Remote(RunsElsewhere):
             available = [endpoint for endpoint in rotated if self._left_out_until.get(endpoint, 0.0) <= clock]
         return available or rotated
 
-    def _post(self, endpoint: str, frame: list[bytes], images: int, seconds: float) -> list[float | None]:
+    def _post(self, endpoint: str, frame: list[bytes], images: int, seconds: float) -> Answer:
         headers = {"Content-Length": str(sum(map(len, frame))), "Content-Type": "application/octet-stream"}
         path = f"/score/{quote(self.use)}"
         answer = self._send("POST", endpoint, path, seconds, content=_pieces(frame), headers=headers)
         # A 500 without a kind is not from the reward: the server was stopped in the middle of a request.
-        if answer.status_code in _RETRIED or (answer.status_code == 500 and "kind" not in _json_object(answer)):
+        if answer.status_code in _RETRIED or (answer.status_code == 500 and "kind" not in json_object(answer)):
             seconds = retry_after(answer.headers.get("Retry-After"), LONGEST_SECONDS) or 0.0
             raise _TryAgain(f"{endpoint}: {answer.status_code}: {self._error_text(answer)}", seconds)
         if answer.status_code != 200:
             raise self._failure(endpoint, answer)
         try:
-            scores = parsed(answer, parse_int=float)["scores"]
-        except (ValueError, KeyError, TypeError):
+            content = parsed(answer, parse_int=float)
+            scores, extras = content["scores"], content.get("extras", {})
+        except (ValueError, KeyError, TypeError, AttributeError):
             shown = foreign(answer.text, self._token, longest=200)
             raise _TryAgain(f"{endpoint} answered something other than scores: {shown}") from None
-        if not isinstance(scores, list) or len(scores) != images or {type(score) for score in scores} - _SCORES:
+        if not are_numbers(scores) or len(scores) != images:
             raise RewardError(
                 f"{endpoint} answered {foreign(str(scores), self._token, longest=100)} for {images} images"
             )
+        if not isinstance(extras, dict) or not all(map(are_numbers, extras.values())):
+            raise RewardError(f"{endpoint} answered the extras {foreign(str(extras), self._token, longest=100)}")
         if answer.headers.get(wire.DIGEST_HEADER) != self.digest:
             raise RewardError(
                 f"reward {self.use!r} is not the same at {endpoint} as it was at {self._first_endpoint} at the start "
                 "(another `use`, `args` or file): their scores cannot be mixed"
             )
-        return scores
+        return Answer(scores, extras)
 
     def _failure(self, endpoint: str, answer: httpx.Response) -> RewardFailed | RewardError:
         """Return the error for an answer that a retry would not change."""
-        kind, message = _json_object(answer).get("kind"), self._error_text(answer)
+        kind, message = json_object(answer).get("kind"), self._error_text(answer)
         if kind == "raised":
             return RewardFailed(message)
         if kind == "contract":
@@ -222,7 +226,7 @@ class Remote(RunsElsewhere):
 
     def _error_text(self, answer: httpx.Response) -> str:
         """Return the error in an answer, or else the beginning of its text."""
-        error = _json_object(answer).get("error")
+        error = json_object(answer).get("error")
         return foreign(answer.text, self._token, longest=200) if error is None else foreign(str(error), self._token)
 
     def _send(self, method: str, endpoint: str, path: str, seconds: float, **more: Any) -> httpx.Response:
@@ -264,7 +268,7 @@ class Remote(RunsElsewhere):
         deadline, is_logged = time.monotonic() + LOADING_SECONDS, False
         while True:
             answer = self._send("GET", endpoint, "/rewards", 10.0)
-            page = _json_object(answer)
+            page = json_object(answer)
             if page.get("kind") != "loading" or time.monotonic() > deadline:
                 break
             if not is_logged:
@@ -329,15 +333,6 @@ async def _pieces(frame: list[bytes]) -> AsyncIterator[bytes]:
     for piece in frame:
         for start in range(0, len(piece), 2**18):  # asyncio moves what it has not sent yet, after every send
             yield piece[start : start + 2**18]
-
-
-def _json_object(answer: httpx.Response) -> dict[str, Any]:
-    """Return the JSON object in an answer, empty if there is none."""
-    try:
-        content = parsed(answer)
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _error(state: tenacity.RetryCallState) -> BaseException | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from rewards.contract import CALL_SECONDS, RewardError, RewardFailed, RewardUnavailable, RunsElsewhere
+from rewards.contract import CALL_SECONDS, Answer, RewardError, RewardFailed, RewardUnavailable, RunsElsewhere
 from rewards.redaction import foreign
 from rewards.remote import wire
 from rewards.remote.environments import check_environment, environment_python
@@ -91,13 +91,13 @@ class Isolated(RunsElsewhere):
         self.columns = None if loaded["columns"] is None else tuple(loaded["columns"])
         self.required = tuple(loaded["required"])
 
-    async def __call__(self, images: list[Image.Image], prompts: list[str], **columns: list[Any]) -> list[float | None]:
+    async def __call__(self, images: list[Image.Image], prompts: list[str], **columns: list[Any]) -> Answer:
         """Score images, in a thread, so that other rewards run meanwhile."""
         return await in_thread(self._call, images, prompts, columns)
 
     def _call(
         self, images: Sequence[Image.Image], prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]
-    ) -> list[float | None]:
+    ) -> Answer:
         """Score images; raise RewardFailed, RewardUnavailable or RewardError."""
         number = next(self._request_numbers)
         request = wire.encode_request(images, prompts, columns, number=number)
@@ -149,7 +149,7 @@ class Isolated(RunsElsewhere):
         elif self._worker is not None:
             self._worker.stop()  # which ends the call in progress
 
-    def _exchange(self, request: list[bytes], number: int, deadline: float) -> list[float | None]:
+    def _exchange(self, request: list[bytes], number: int, deadline: float) -> Answer:
         worker = self._ensure_running(min(LOADING_SECONDS, deadline - time.monotonic()))
         try:
             answer = worker.ask(request, number, min(self.timeout, max(0.0, deadline - time.monotonic())))
@@ -159,7 +159,7 @@ class Isolated(RunsElsewhere):
         self._failures_in_a_row = 0
         if "error" in answer:
             raise (RewardError if answer.get("kind") == "contract" else RewardFailed)(foreign(str(answer["error"])))
-        return answer["scores"]
+        return Answer(answer["scores"], answer["extras"])
 
     def _ensure_running(self, seconds: float) -> Worker:
         """Return the worker, started again if necessary within ``seconds``.

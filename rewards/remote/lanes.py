@@ -9,8 +9,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from rewards.calling import as_json, score_one
-from rewards.contract import Reward, RunsElsewhere, close_callable
+from rewards.calling import score_one
+from rewards.contract import Answer, Reward, RunsElsewhere, close_callable
 from rewards.hints import nearest
 from rewards.remote.wire import ContentError, Request
 from rewards.threads import EventLoop, in_thread
@@ -46,7 +46,7 @@ class Metrics:
 @dataclass(eq=False)
 class _Job:
     request: Request
-    answer: "asyncio.Future[list[float | None]]"
+    answer: "asyncio.Future[Answer]"
 
 
 class Lane:
@@ -86,8 +86,8 @@ class Lane:
         except ValueError as error:
             raise ContentError(str(error)) from None
 
-    async def submit(self, request: Request, client_is_gone: Coroutine[Any, Any, None]) -> list[float | None]:
-        """Queue a request and return its scores.
+    async def submit(self, request: Request, client_is_gone: Coroutine[Any, Any, None]) -> Answer:
+        """Queue a request and return its answer.
 
         Args:
             client_is_gone: ends when nobody waits for the scores any more; then the request leaves the queue.
@@ -171,7 +171,7 @@ class Lane:
         columns = {name: [v for request in requests for v in request.columns[name]] for name in requests[0].columns}
         self._call_started, name = time.monotonic(), self.reward.name
         try:
-            scores = as_json(await in_thread(score_one, self.reward, images, prompts, columns, self.loop))
+            answer = await in_thread(score_one, self.reward, images, prompts, columns, self.loop)
         except Exception as error:  # whatever a reward raises is reported to its clients, and the queue goes on
             self.metrics.failures.labels(name).inc()
             for job in jobs if last_try else ():
@@ -182,9 +182,16 @@ class Lane:
             self._last_seconds, self._call_started = time.monotonic() - self._call_started, None
             self.metrics.seconds.labels(name).observe(self._last_seconds)
         self.metrics.images.labels(name).inc(len(images))
+        start = 0
         for job in jobs:
-            count = len(job.request.prompts)
-            own_scores, scores = scores[:count], scores[count:]
+            rows = slice(start, start := start + len(job.request.prompts))
             if not job.answer.done():
-                job.answer.set_result(own_scores)
+                job.answer.set_result(_share(answer, rows))
         return True
+
+
+def _share(answer: Answer, rows: slice) -> Answer:
+    """Return a job's part of an answer; an extra that has no value for each image is of the call, and of all its jobs."""
+    images = len(answer.scores)
+    extras = {name: values[rows] if len(values) == images else values for name, values in answer.extras.items()}
+    return Answer(answer.scores[rows], extras)

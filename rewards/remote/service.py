@@ -133,9 +133,10 @@ class Service:
                 reserve(-len(body))
                 del body
                 lane.check(parsed)
-                scores = await lane.submit(parsed, _client_is_gone(request))
+                answer = await lane.submit(parsed, _client_is_gone(request))
             status = 200
-            return JSONResponse({"scores": scores}, headers={wire.DIGEST_HEADER: self.digests[name]})
+            content = {key: value for key, value in answer._asdict().items() if value or key == "scores"}
+            return JSONResponse(content, headers={wire.DIGEST_HEADER: self.digests[name]})
         except Exception as error:  # every error has an answer
             refusal = _as_refusal(error)
             status = refusal.status

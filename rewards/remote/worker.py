@@ -13,7 +13,7 @@ import sys
 import threading
 from typing import Any
 
-from rewards.calling import as_json, score_one
+from rewards.calling import score_one
 from rewards.contract import RewardError, describe
 from rewards.registry import load_rewards
 from rewards.remote import wire
@@ -43,7 +43,7 @@ def main() -> None:
 def _answer(reward: Any, header: dict[str, Any], body: bytearray) -> dict[str, Any]:
     try:
         request = wire.decode_request(header, body, wire.UNLIMITED)
-        return {"scores": as_json(score_one(reward, request.images, request.prompts, request.columns))}
+        return score_one(reward, request.images, request.prompts, request.columns)._asdict()
     except RewardError as error:
         return {"error": str(error), "kind": "contract"}
     except Exception as error:  # no request may end the worker

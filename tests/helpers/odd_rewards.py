@@ -56,6 +56,8 @@ ODD = {
     "short": lambda images: [1.0] * (len(images) - 1),
     "text": lambda images: ["good"] * len(images),
     "no list": lambda images: 3.0,
+    "more": lambda images: ([0.5] * len(images), {"width": [image.width for image in images], "calls": 7, "odd": None}),
+    "odd extra": lambda images: ([0.5] * len(images), {"kind": "good"}),
 }
 
 

@@ -424,7 +424,8 @@ def test_further_numbers_come_back_by_name(asynchronous):
     assert found.scores == [[1.0] * len(IMAGES)] and not found.failures
     assert found.extras[f"{name}/length"] == [len(prompt) for prompt in PROMPTS]
     assert found.extras[f"{name}/calls"] == [7.0] and math.isnan(found.extras[f"{name}/unknown"][0])
-    assert score_one(*load_rewards([plain]), IMAGES, PROMPTS, {}) == [1.0] * len(IMAGES)
+    answer = score_one(*load_rewards([plain]), IMAGES, PROMPTS, {})
+    assert answer.scores == [1.0] * len(IMAGES) and answer.extras["unknown"] == [None, 2.0]
 
 
 @pytest.mark.parametrize("extra", ["text", b"x", {"a": 1}, ["x"], object(), 1j])

@@ -18,6 +18,7 @@ from raw_server import DESCRIBED, answer, hostile_service, raw_server
 from services import ODD, ROOT, Service
 
 from rewards import RewardError, RewardUnavailable, load_rewards, score
+from rewards.calling import score_all
 from rewards.remote import client
 from rewards.remote.timed import Timed
 
@@ -78,6 +79,26 @@ def test_scores_are_those_of_this_process_to_the_bit(service, images_per_request
 def test_an_image_of_any_size_is_scored(service, size):
     image = Image.new("RGB", size, (3, 5, 7))
     assert scores(remote(service.url), images=[image]) == scores(HERE, images=[image])
+
+
+@pytest.mark.parametrize("images_per_request", [None, 2])
+def test_what_it_returns_beside_its_scores_comes_back_too(service, images_per_request):
+    entry = {"images_per_request": images_per_request} if images_per_request else {}
+    found = score_all([remote(service.url, **entry)], IMAGES, ["more"] * len(IMAGES), {})
+    assert found.scores == [[0.5] * len(IMAGES)] and not found.failures
+    requests = 3 if images_per_request else 1
+    assert found.extras["told/width"] == [30.0, 31.0, 32.0, 33.0, 34.0]
+    assert found.extras["told/calls"] == [7.0] * requests and len(found.extras["told/odd"]) == requests
+    with pytest.raises(RewardError, match="'told' returned an extra 'kind' that is str"):
+        scores(remote(service.url), "odd extra")
+
+
+@pytest.mark.parametrize("extras", [{"width": 3}, {"width": ["x"]}, {"width": [True]}, [1.0], "x"])
+def test_extras_that_are_no_numbers_are_refused(extras):
+    body = {"scores": [1.0] * len(IMAGES), "extras": extras}
+    served = hostile_service(answer(body, X_Reward_Digest="0" * 64))
+    with served as (url, _), pytest.raises(RewardError, match="answered the extras"):
+        scores(remote(url))
 
 
 def test_no_images_are_no_scores(service):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from rewards import RewardError, RewardUnavailable, load_rewards, score
+from rewards.calling import score_all
 from rewards.remote import environments, wire
 from rewards.remote.process import WorkerLost
 
@@ -75,6 +77,15 @@ def test_an_image_of_any_size_is_scored(told, size):
     image = Image.new("RGB", size, (3, 5, 7))
     (here,) = load_rewards([f"{ODD}:told"])
     assert scores(told, images=[image]) == scores(here, images=[image])
+
+
+def test_what_it_returns_beside_its_scores_comes_back_too(told):
+    found = score_all([told], IMAGES, ["more"] * len(IMAGES), {})
+    assert found.scores == [[0.5] * len(IMAGES)] and not found.failures
+    assert math.isnan(*found.extras.pop("told/odd"))  # it was None
+    assert found.extras == {"told/width": [30.0, 31.0, 32.0, 33.0], "told/calls": [7.0]}
+    with pytest.raises(RewardError, match="'told' returned an extra 'kind' that is str"):
+        scores(told, "odd extra")
 
 
 def test_async_rewards_factories_and_columns_work_there():
@@ -167,7 +178,7 @@ def test_a_worker_killed_or_stopped_from_outside_in_a_call_is_replaced(number):
         os.kill(worker.pid, number)
         return await call
 
-    assert asyncio.run(disturb()) == expected[0]
+    assert asyncio.run(disturb()).scores == expected[0]
     assert process_of(reward).pid != worker.pid and gone(worker.pid)
     reward.close()
 

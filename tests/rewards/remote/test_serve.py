@@ -436,6 +436,21 @@ def test_joined_requests_get_their_own_scores_and_their_own_failures():
     assert 'flow_align_reward_images_total{reward="careful"} 4.0' in metrics
 
 
+def test_joined_requests_get_their_own_extras():
+    service = Service("--use", f"{ODD}:careful", "--max_batch_size", "3", "--max_wait_ms", "5000")
+
+    def ask(n):
+        body = frame(["more"] * n, {"factor": [1.0] * n})
+        return httpx.post(f"{service.url}/score/careful", content=body, timeout=30).json()
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        answers = list(pool.map(ask, (1, 2)))
+    service.end()
+    for n, found in zip((1, 2), answers, strict=True):
+        width = [float(IMAGE.width)] * n
+        assert found == {"scores": [0.5] * n, "extras": {"width": width, "calls": [7.0], "odd": [None]}}
+
+
 # --- Workers ---
 
 
