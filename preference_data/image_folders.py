@@ -21,7 +21,8 @@ class ImageFolder:
 
     The rows of the metadata, which any subfolder may have, come first, then the images that they do not list. If some rows
     of the metadata do not have one ``file_name`` each, only the metadata is given. ``other_files``: data files beside the
-    images that are not taken for data. ``given``: the folder that was named, of which this one is the split's.
+    images that are not taken for data. ``given``: the folder that was named, of which this one is the split's; of its
+    metadata those rows are taken that name an image in the split's and no other metadata lists.
     """
 
     def __init__(self, folder: Path, other_files: Sequence[Path] = (), given: Path | None = None) -> None:
@@ -29,14 +30,16 @@ class ImageFolder:
         self.folder = self.root = folder
         self.given = folder if given is None else given
         self.other_files = list(other_files)
-        self.metadata = [found for below in folders_below(folder) if (found := metadata_in(below)) is not None]
+        folders = [*folders_below(folder), *([self.given] if self.given != folder else [])]
+        self.metadata = [found for below in folders if (found := metadata_in(below)) is not None]
         self.by_path = all(ending_of(file) in TEXT_ENDINGS for file in self.metadata)
 
     def __iter__(self) -> Iterator[Row | BadRow]:
         listed: set[str] = set()
         has_file_names = True
         for file in self.metadata:
-            if not lies_in(file, self.root):
+            of_all_splits = file.parent == self.given != self.folder
+            if not lies_in(file, self.given if of_all_splits else self.root):
                 yield BadRow(str(file), f"it is a link to a file outside of the folder {self.root}")
                 continue
             for row in read_rows(file):
@@ -44,6 +47,8 @@ class ImageFolder:
                     yield row
                     continue
                 name = row.values.get("file_name")
+                if of_all_splits and not self._is_of_this_split(row.values, listed):
+                    continue
                 has_file_names = has_file_names and isinstance(name, str)
                 row = replace(
                     row, values=rename_file_name_columns(row.values), within=self.root, caption_from=file.name
@@ -55,6 +60,14 @@ class ImageFolder:
         for image in self.images() if has_file_names else ():
             if os.path.realpath(image) not in listed:
                 yield self._row(image)
+
+    def _is_of_this_split(self, values: dict[str, Any], listed: set[str]) -> bool:
+        """Whether a row of the metadata of all splits names an image in this folder that is not ``listed`` already."""
+        named = [value for column, value in values.items() if column.endswith(("file_name", "file_names"))]
+        names = [name for value in named for name in (value if isinstance(value, list) else [value])]
+        files = [os.path.abspath(self.given / name) for name in names if isinstance(name, str)]
+        inside = (file for file in files if Path(file).is_relative_to(os.path.abspath(self.folder)))
+        return any(os.path.realpath(file) not in listed for file in inside)
 
     def images(self) -> Iterator[Path]:
         """Yield every image file, sorted by name; hidden files and folders are left out."""

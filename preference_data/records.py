@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -136,9 +137,19 @@ class Records(Generic[Item]):
     def digest(self) -> str | None:
         """Return a digest of the data's content, see :mod:`preference_data.digests`."""
         source = self.source.source if isinstance(self.source, Renamed) else self.source
-        if source.by_path or isinstance(source, ImageFolder):
+        if source.by_path or isinstance(source, ImageFolder) or self._names_files():
             return records_digest(self)
         return files_digest(source.files) if isinstance(source, Files) else data_digest(source)
+
+    def _names_files(self) -> bool:
+        """Whether the first record names files for its images, as the rows of a parquet file may."""
+        report = self.report
+        try:
+            return any(image.path is not None for record in islice(self._read(), 1) for image in record.sources())
+        except BadRow:  # it is told when the data are read
+            return False
+        finally:
+            self.report = report
 
 
 def with_folder(rows: Iterable[Row | BadRow], folder: Path | None) -> Iterator[Row | BadRow]:

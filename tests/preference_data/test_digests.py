@@ -43,6 +43,16 @@ def test_a_pass_that_was_made_already_and_bad_rows_that_are_skipped_change_nothi
     assert data_digest(checked) == data_digest(skipping) == data_digest(list(read_captioned(str(folder))))
 
 
+def test_an_image_that_a_parquet_file_names_by_its_path_is_looked_at(folder):
+    file = parquet(folder / "t.parquet", [{"image": f"{n}.bmp", "prompt": f"caption {n}"} for n in range(3)])
+    records = read_captioned(str(file))
+    list(records)
+    counted, before = str(records.report), data_digest(records)
+    assert str(records.report) == counted and before == data_digest(read_captioned(str(file)))
+    Image.new("RGB", (8, 8), (9, 0, 0)).save(folder / "1.bmp")  # of the same length
+    assert before != data_digest(read_captioned(str(file)))
+
+
 @pytest.mark.parametrize("kind", ["parquet", "tar"])
 def test_files_that_hold_their_images_are_looked_at(tmp_path, kind):
     def write(name, captions):

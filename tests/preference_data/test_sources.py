@@ -1,5 +1,7 @@
 """Finding the rows that a name stands for: files, folders in the usual shapes, data sets in memory and on the hub."""
 
+from pathlib import Path
+
 import datasets
 import huggingface_hub
 import pytest
@@ -169,6 +171,21 @@ def test_metadata_may_lie_in_the_folder_of_the_split(folder):
     for split, name in (("train", "a.png"), ("test", "b.png")):
         json_lines(folder / split / "metadata.jsonl", [{"file_name": name, "prompt": split}])
     assert images_of(open_source(folder, "test")) == [("b.png", "test")]
+
+
+def test_metadata_above_the_splits_gives_each_of_them_its_captions(folder, tmp_path):
+    save(folder, "train/a.png", "train/sub/b.png", "train/c.png", "test/a.png")
+    json_lines(folder / "train/sub/metadata.jsonl", [{"file_name": "b.png", "prompt": "its own"}])
+    rows = [("train/a.png", "ay"), ("train/sub/b.png", "bee"), ("test/a.png", "held out"), ("../out.png", "x")]
+    json_lines(folder / "metadata.jsonl", [{"file_name": name, "prompt": prompt} for name, prompt in rows])
+    found = [(Path(i).name, c) for i, c in images_of(open_source(folder, "train"))]
+    assert found == [("b.png", "its own"), ("a.png", "ay"), ("c.png", None)]
+    assert [record.prompt for record in read_captioned(str(folder), split="test")] == ["held out"]
+    pair = {"prompt": "p", "chosen_file_name": "train/a.png", "rejected_file_name": "train/c.png"}
+    json_lines(folder / "metadata.jsonl", [pair])
+    (folder / "train/sub/metadata.jsonl").unlink()
+    (read,) = read_preferences(str(folder), split="train")
+    assert [image.path.name for image in read.sources()] == ["a.png", "c.png"]
 
 
 def test_metadata_of_several_images_a_row_is_all_there_is(folder):
