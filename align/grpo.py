@@ -57,7 +57,7 @@ class GRPOConfig(AdvantageConfig):
         fixed_on_resume=True,
         least=0,
     )
-    noise_level: float = setting(0.7, "Strength a of the SDE's noise.", fixed_on_resume=True, above=0)
+    noise_level: float = setting(0.7, "Strength a of the SDE's noise.", fixed_on_resume=True, above=0, most=10)
     sde_type: SDEType = setting(
         "sde", "sde (Flow-GRPO) or cps (coefficient-preserving, Flow-CPS).", fixed_on_resume=True
     )

@@ -4,6 +4,7 @@ import math
 import os
 import sys
 import tempfile
+from copy import copy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from align.models.families import Deferred
 from align.models.loading import nearest
 from align.parallel.memory import Setup, check_fits
 from align.parallel.sharding import zero_stage
+from rewards.redaction import foreign
 
 #: float32 numbers that an optimizer keeps per trained parameter; one that is not here counts as none.
 MOMENTS = {"adamw_torch": 2, "adamw_torch_fused": 2}
@@ -92,11 +94,19 @@ def _check_wandb() -> None:
 
 
 def check_hub(token: str | None) -> None:
-    """Raise ValueError when push_to_hub cannot reach the hub as anybody."""
+    """Raise ValueError when push_to_hub cannot reach the hub, or not as anybody."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise ValueError("push_to_hub is asked for and HF_HUB_OFFLINE is set: leave one of them out")
     if not (token or huggingface_hub.get_token()):
         raise ValueError("push_to_hub needs a token: run `hf auth login`, set HF_TOKEN, or leave it out")
+    hub = huggingface_hub.HfApi(token=token)
+    try:
+        hub.whoami()
+    except Exception as error:  # the hub's own errors, and those of an HTTP library that differs with its version
+        what = foreign(" ".join(str(error).split()), token, longest=200)
+        raise ValueError(
+            f"push_to_hub is asked for, and {hub.endpoint} does not say whose token it is: {what}. Leave it out, or try again"
+        ) from error
 
 
 def check_optimizer(args: FlowConfig) -> None:
@@ -109,6 +119,7 @@ def check_optimizer(args: FlowConfig) -> None:
     layer = torch.nn.Linear(2, 2).to(args.device)
     try:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, layer)
+        changed = not args.optim_args or settings != _settings_alone(args, layer)
         if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
             optimizer = kind(layer.parameters(), **settings)
         else:  # a factory takes the model
@@ -116,6 +127,11 @@ def check_optimizer(args: FlowConfig) -> None:
     except Exception as error:  # every optimizer has its own types
         ways_out = " (adamw_torch needs no other package; optim_args are NAME=VALUE, with commas between)"
         raise ValueError(_not_built(args, ("optim", "optim_args"), error) + ways_out) from error
+    if not changed:
+        raise ValueError(
+            f"optim_args {args.optim_args} change nothing: optim {_plain(args.optim)} does not read them. "
+            "Its betas, epsilon and weight decay are adam_beta1, adam_beta2, adam_epsilon and weight_decay"
+        )
     try:
         rates = _first_rates(args, optimizer)
     except Exception as error:
@@ -125,6 +141,16 @@ def check_optimizer(args: FlowConfig) -> None:
             f"lr_scheduler_type {_plain(args.lr_scheduler_type)}, lr_scheduler_kwargs {args.lr_scheduler_kwargs} give "
             f"learning rates {rates}: they must be finite and not negative"
         )
+
+
+def _settings_alone(args: FlowConfig, layer: torch.nn.Module) -> dict[str, Any] | None:
+    """Return the optimizer's settings without ``optim_args``; None if it cannot do without."""
+    without = copy(args)
+    without.optim_args = None
+    try:
+        return Trainer.get_optimizer_cls_and_kwargs(without, layer)[1]
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return None
 
 
 def _first_rates(args: FlowConfig, optimizer: torch.optim.Optimizer, count: int = 3) -> list[float]:

@@ -1,9 +1,11 @@
 """Values that cannot be, and places that a run cannot use: a sentence with the setting's name, before a model is loaded."""
 
+import http.server
 import json
 import random
 import re
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,8 @@ NAN, INFINITE = float("nan"), float("inf")
         ("grpo", {"guard_dataset_names": [1]}, "guard_dataset_names in config.yaml must be a list of texts, found [1]"),
         ("grpo", {"optim": "adamw_8bit"}, "optim adamw_8bit cannot be built: You need to install `bitsandbytes`"),
         ("grpo", {"optim_args": "x"}, "optim_args x cannot be built"),
+        ("sft", {"optim_args": "betas=0.5"}, "optim_args betas=0.5 change nothing: optim adamw_torch"),
+        ("grpo", {"noise_level": 1e30}, "noise_level must lie in (0, 10], found 1e+30"),
         ("grpo", {"optim": "adamv"}, "optim"),
         ("grpo", {"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type cosine_with_min_lr cannot be built"),
         ("sft", {"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_type warmup_stable_decay cannot be built"),
@@ -183,7 +187,37 @@ def test_a_push_to_the_hub_needs_a_token(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     assert "push_to_hub needs a token" in said("grpo", push_to_hub=True)
-    assert not said("grpo", push_to_hub=True, hub_token="a token")
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Knows one token."""
+
+    def do_GET(self):
+        known = self.headers["Authorization"] == "Bearer a-right-token"
+        body = b'{"name": "me", "type": "user"}' if known else b'{"error": "Invalid username or password."}'
+        self.send_response(200 if known else 401)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+def test_a_push_to_the_hub_needs_one_that_answers_and_knows_the_token(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    server = http.server.HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    assert not said("grpo", push_to_hub=True, hub_token="a-right-token")
+    refused = said("grpo", push_to_hub=True, hub_token="another-token")
+    server.shutdown()
+    server.server_close()
+    unanswered = said("grpo", push_to_hub=True, hub_token="a-right-token")
+    for answer in (refused, unanswered):
+        assert f"push_to_hub is asked for, and {url} does not say whose token it is: " in answer
+        assert "another-token" not in answer and "a-right-token" not in answer
 
 
 # --- Names of other libraries ---
