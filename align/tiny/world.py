@@ -262,26 +262,29 @@ def _render(spec: dict, rng: random.Random, shrink: float = 1.0) -> Image.Image:
     return Image.fromarray(canvas.round().astype(np.uint8))
 
 
-# name: (training rows, test rows, kinds in turn). A set has fewer rows where the world has fewer combinations.
-PROMPT_SETS: dict[str, tuple[int, int, tuple[str, ...]]] = {
-    "background": (512, 128, ("open",)),
-    "words": (512, 128, ("word",)),
-    "counts": (512, 128, ("count",)),
-    "words_counts": (512, 128, ("word", "count")),
-    "full": (512, 192, ("count", "pair", "word")),
+# name: (training rows, test rows, kinds in turn, the attribute that no prompt says).
+# A set has fewer rows where the world has fewer combinations.
+PROMPT_SETS: dict[str, tuple[int, int, tuple[str, ...], str | None]] = {
+    "background": (512, 128, ("open",), "background"),
+    "shape": (512, 128, ("open",), "shape"),
+    "number": (512, 128, ("open",), "n"),
+    "words": (512, 128, ("word",), None),
+    "counts": (512, 128, ("count",), None),
+    "words_counts": (512, 128, ("word", "count"), None),
+    "full": (512, 192, ("count", "pair", "word"), None),
 }
 
 
 def prompt_rows(name: str, split: str) -> Iterator[dict]:
     """Yield the rows of one prompt set, each prompt once; the rows are always the same."""
-    train, test, kinds = PROMPT_SETS[name]
+    train, test, kinds, unsaid = PROMPT_SETS[name]
     rng = random.Random(f"{name} {split}")
     wanted = train if split == "train" else test
     seen: set[str] = set()
     for _ in range(200 * wanted):
         spec, _ = sample(rng, kinds[len(seen) % len(kinds)], split)
         prompt = sentence(spec)
-        if prompt in seen or (name == "background" and spec["background"] is not None):
+        if prompt in seen or (unsaid and spec[unsaid] is not None):
             continue
         seen.add(prompt)
         yield {"prompt": prompt, "spec": spec}

@@ -155,7 +155,8 @@ def test_prompt_sets(name):
     for rows, split in ((train, "train"), (test, "held-out")):
         assert len({row["prompt"] for row in rows}) == len(rows) >= 32
         assert all(world.parse(row["prompt"]) == row["spec"] and world.split_of(row["spec"]) == split for row in rows)
-    if name == "background":
-        assert all(row["spec"]["background"] is None for row in train + test)
+    unsaid = world.PROMPT_SETS[name][3]
+    if unsaid:
+        assert all(row["spec"][unsaid] is None for row in train + test)
     else:
         assert (len(train), len(test)) == world.PROMPT_SETS[name][:2]
