@@ -117,7 +117,9 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", help="default: all; the first is the baseline")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; this changes no result")
-    parser.add_argument("--curves", type=Path, help="file to add the log of every run to, as JSON lines")
+    parser.add_argument(
+        "--curves", type=Path, help="JSON lines of the log of every run; one that is there is not run again"
+    )
     args = parser.parse_args()
     task = tasks[args.task]
     names = args.recipes or list(task["recipes"])
@@ -125,10 +127,14 @@ def main() -> None:
         if name not in task["recipes"]:
             parser.error(f"unknown recipe {name!r} of {args.task}; known: {', '.join(task['recipes'])}")
     logs: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in names}
+    lines = args.curves.read_text().splitlines() if args.curves and args.curves.exists() else []
+    known = {(r["task"], r["recipe"], r["seed"]): r["log"] for r in map(json.loads, lines)}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
 
         def run_job(job: tuple[int, str]) -> list[dict[str, Any]]:
             seed, name = job
+            if (args.task, name, seed) in known:
+                return known[args.task, name, seed]
             overrides = task["recipes"][name] or {}
             settings = task["settings"] | overrides.get("settings", {})
             recipe = {"script": "align/grpo.py", "config": task["config"]} | overrides | {"settings": settings}
@@ -139,9 +145,9 @@ def main() -> None:
             logs[name].append(log)
             last = result_of(log, next(iter(task["targets"])), float("inf"))
             print(f"{name}, seed {seed}: {last.cost:.0f} {last.measures}", file=sys.stderr, flush=True)
-            if args.curves:
+            if args.curves and (args.task, name, seed) not in known:
                 with args.curves.open("a") as file:
-                    file.write(json.dumps({"recipe": name, "seed": seed, "log": log}) + "\n")
+                    file.write(json.dumps({"task": args.task, "recipe": name, "seed": seed, "log": log}) + "\n")
     print(f"seeds {args.seeds}")
     for measure, targets in task["targets"].items():
         for target in targets:
