@@ -82,3 +82,21 @@ def test_every_image_of_an_evaluation_has_noise_of_its_own_that_only_the_seed_ch
 
 def test_the_grid_holds_as_many_prompts_as_are_asked_for(evaluated):
     assert [(prompt, len(images)) for prompt, images in evaluated[0].images] == [("a circle", 2)] * 2
+
+
+def test_an_evaluation_samples_through_the_launchers_wrapper():
+    """DeepSpeed gathers the weights that it has divided there; past it an evaluation would see pieces of them."""
+    model, calls = load_model("tiny"), []
+
+    class Wrapper(torch.nn.Module):
+        def forward(self, *args, **options):
+            calls.append(args)
+            return model.transformer(*args, **options)
+
+    plan, data = (
+        SamplingPlan(64, 64, num_inference_steps=2, batch_size=4),
+        Dataset.from_dict({"prompt": ["a circle"] * 3}),
+    )
+    options = {"seed": 0, "samples": 1, "prefix": "eval", "transformer": Wrapper()}
+    evaluate_prompts(model, load_rewards([brightness]), data, plan, **options)
+    assert len(calls) == 2

@@ -7,6 +7,7 @@ import torch
 from asking import ask
 from diffusers import LMSDiscreteScheduler
 from peft import LoraConfig
+from tqdm import tqdm
 
 from align.maths.flow import Transition
 from align.sampling.noise import ImageKey, seeded_noise
@@ -144,6 +145,34 @@ def test_images_are_the_decoded_latents(tiny):
         assert one.size == (64, 64)
         difference = torch.tensor(list(one.getdata())).float() - torch.tensor(list(other.getdata())).float()
         assert difference.abs().max() <= 1
+
+
+def test_images_that_are_not_finite_reach_no_reward_and_are_told(tiny):
+    starts = torch.stack([seeded_noise(key.initial(), tiny.latent_shape(64, 64)) for key in KEYS])
+    starts[3, 0, 0] = float("nan")
+    seen: list[slice] = []
+    plan = replace(PLAN, sde_steps=(), batch_size=2)
+    drawn = rollout(tiny, REQUESTS, KEYS, plan, initial_latents=starts, on_images=lambda chunk, _: seen.append(chunk))
+    assert not drawn.finite and seen == [slice(0, 2), slice(4, 6)] and len(drawn.images) == 6
+
+
+@pytest.mark.parametrize("show_progress", [True, False])
+def test_the_bar_ends_with_the_last_velocity(tiny, monkeypatch, show_progress):
+    """Of a bar that stops at half, or runs over, nobody can tell how long a rollout will take."""
+    bars = []
+
+    class Bar(tqdm):
+        def close(self):
+            bars.append((self.n, self.total, self.disable))
+            super().close()
+
+    monkeypatch.setattr("align.sampling.rollout.tqdm", Bar)
+    keys = [ImageKey(0, 4, i // 3, i % 3, start=0) for i in range(6)]
+    plan = replace(PLAN, num_inference_steps=3, sde_steps=(0,), batch_size=4)
+    rollout(tiny, REQUESTS, keys, plan, show_progress=show_progress)
+    assert bars[0] == (
+        (5, 5, False) if show_progress else (0, 5, True)
+    )  # one for both starts, then two steps of two chunks
 
 
 def test_the_second_order_solver_comes_nearer_to_a_fine_solution_with_as_many_forwards(tiny):
