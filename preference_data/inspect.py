@@ -58,11 +58,11 @@ class Findings:
     _random: random.Random = field(default_factory=lambda: random.Random(0))
 
     def add_record(self, record: Record) -> None:
+        sizes = [image.size() for image in record.sources()]  # first, as a record with a broken image is none
         self.lengths.append(len(record.prompt))
         self.prompts[_short(record.prompt.encode())] += 1
         self.files += [image.path for image in record.sources() if image.path is not None]
-        for image in record.sources():
-            self.sizes[image.size()] += 1
+        self.sizes.update(sizes)
         if isinstance(record, CaptionedImage):
             self._train(record.origin, record.sources())
 
@@ -109,7 +109,7 @@ def gather(
             try:
                 findings.add_record(record)
             except BadRow as error:
-                records.report.skip(error)
+                records.report.take_back(record, error)
                 continue
             yield record
 

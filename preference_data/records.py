@@ -44,10 +44,16 @@ class Report:
     skipped: list[str] = field(default_factory=list)
 
     def skip(self, error: BadRow) -> None:
-        """Count and list a bad row; also for callers that find an image broken later."""
+        """Count and list a bad row."""
         self.bad += 1
         if len(self.skipped) < _MESSAGES_KEPT:
             self.skipped.append(str(error))
+
+    def take_back(self, record: CaptionedImage | Preference, error: BadRow) -> None:
+        """Count a record that was yielded as a bad row: an image of it turned out to be broken."""
+        self.records -= 1
+        self.ties -= isinstance(record, Pair) and record.is_tie
+        self.skip(error)
 
     def __str__(self) -> str:
         counts = [f"{self.rows} rows", f"{self.records} records"]

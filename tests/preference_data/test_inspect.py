@@ -75,6 +75,16 @@ def test_broken_rows_are_listed(folder, capsys):
     assert "2 records, 2 bad rows" in fast  # the one cut short has a good header
 
 
+def test_a_record_found_broken_by_its_header_is_counted_as_bad_alone(folder, capsys):
+    """Of --fast: it was counted as a record and as a bad row, and its prompt among those that are there."""
+    (folder / "text.png").write_text("no image")
+    row = {"prompt": "good", "chosen": "1.png", "rejected": "2.png"}
+    bad = {"prompt": "bad one", "chosen": "text.png", "rejected": "2.png"}
+    _, out, _ = run(capsys, json_lines(folder / "a.jsonl", [row, bad, bad | {"confidence": 0.5}]), "--fast")
+    assert "3 rows, 1 records, 2 bad rows skipped" in out
+    assert "prompts: 1 distinct" in out and "characters: 4 to 4" in out and "image sizes: 8x6 (2)" in out
+
+
 def test_a_sheet_has_the_winner_left_and_the_loser_right(folder, capsys):
     row = {"prompt": "a very long prompt " * 9, "chosen": "1.png", "rejected": "2.png"}
     file = json_lines(folder / "a.jsonl", [row, {**row, "prompt": "日本" * 80, "chosen": "3.png"}, row])
