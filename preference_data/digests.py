@@ -74,7 +74,7 @@ def _add_tar(file: Path, digest: Any) -> None:
             while (member := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # it would keep the headers of all members
                 digest.update(f"{member.name} {member.size} ".encode())
-                content = archive.extractfile(member)
+                content = archive.extractfile(member) if member.isreg() else None  # of a link it may raise KeyError
                 if content is not None:
                     text = member.name.lower().endswith((".txt", ".json", ".caption", ".cls"))
                     digest.update(content.read(_TEXT_OF_MEMBER if text else _FIRST_OF_MEMBER))

@@ -195,11 +195,16 @@ def _tar(file: Path) -> Iterator[Row | BadRow]:
         with tarfile.open(file, "r|*", tarinfo=_Header) as archive:
             while (member := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # it would keep the headers of all members
-                content = archive.extractfile(member)
                 folder, _, base = member.name.rpartition("/")
                 stem, dot, ending = base.partition(".")
-                if content is None or not stem or not dot:
+                if not stem or not dot or not (member.isreg() or member.islnk() or member.issym()):
                     continue  # a folder, a hidden file, a README
+                if not member.isreg():  # what it leads to is not at hand here, and tars of copies have many of them
+                    yield BadRow(
+                        f"{file}, member {member.name!r}",
+                        "it is a link: pack the file itself (tar -h --hard-dereference)",
+                    )
+                    continue
                 if (folder, stem) != key:
                     if key is not None:
                         yield sample_row(f"{file}, sample {_sample_name(key)!r}", members, file.parent)
@@ -209,6 +214,8 @@ def _tar(file: Path) -> Iterator[Row | BadRow]:
                     raise tarfile.ReadError(
                         f"{member.name} has {member.size} bytes: a sample has at most {_LARGEST_SAMPLE}"
                     )
+                content = archive.extractfile(member)
+                assert content is not None
                 members[ending] = content.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, FileNotFoundError):
@@ -239,6 +246,7 @@ def sample_row(where: str, members: dict[str, Any], folder: Path | None) -> Row 
     values: dict[str, Any] = {}
     numbered: dict[int, Any] = {}
     caption_from = ""
+    texts = {ending.lower(): content for ending, content in members.items()}
     for ending, content in members.items():
         name, _, kind = ending.rpartition(".")
         if f".{kind.lower()}" not in IMAGE_ENDINGS:
@@ -252,12 +260,12 @@ def sample_row(where: str, members: dict[str, Any], folder: Path | None) -> Row 
         values |= {f"jpg_{number}": content for number, content in numbered.items()}
     try:
         for ending in ("txt", "caption"):
-            if members.get(ending) is not None:
-                text = members[ending]
+            if texts.get(ending) is not None:
+                text = texts[ending]
                 values["prompt"] = text.decode("utf-8-sig").strip() if isinstance(text, bytes) else text
                 caption_from = f".{ending}"
-        if members.get("json") is not None:
-            columns = members["json"]
+        if texts.get("json") is not None:
+            columns = texts["json"]
             columns = json.loads(columns) if isinstance(columns, (bytes, str)) else columns
             if not isinstance(columns, dict):
                 return BadRow(where, f"its json holds {type(columns).__name__}, not an object with columns")

@@ -1,5 +1,6 @@
 """Rows out of every kind of file, one at a time, and what is said of files that are broken somewhere."""
 
+import io
 import json
 import tarfile
 
@@ -8,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from preference_files import encoded, json_lines, json_list, noise, parquet, tar
 
+from preference_data.digests import files_digest
 from preference_data.images import BadRow
 from preference_data.rows import READERS, Row, ending_of, read_rows, sample_row
 
@@ -165,6 +167,35 @@ def test_a_prompt_in_the_json_comes_before_the_text():
 def test_a_sample_that_cannot_be_read_is_bad(parts):
     row = sample_row("a.tar, sample 'x'", parts, None)
     assert isinstance(row, BadRow) and str(row).startswith("a.tar, sample 'x': its ")
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_link_in_a_tar_costs_only_itself(tmp_path, kind, mode):
+    """All samples after it were lost, and a link that leads nowhere ended the digest of the data in a traceback."""
+    file = tmp_path / ("a.tar" if mode == "w" else "a.tgz")
+    with tarfile.open(file, mode) as archive:
+        for name in ("a", "link", "b"):
+            member = tarfile.TarInfo(f"{name}.png")
+            if name == "link":
+                member.type, member.linkname = kind, "elsewhere.png"
+            member.size = 0 if name == "link" else len(encoded(1))
+            archive.addfile(member, io.BytesIO(encoded(1)))
+            text = tarfile.TarInfo(f"{name}.txt")
+            text.size = 3
+            archive.addfile(text, io.BytesIO(b"one"))
+    found = read(file)
+    assert [row for row in found if isinstance(row, dict) and "image" in row] == [
+        {"image": encoded(1), "prompt": "one"}
+    ] * 2
+    assert f"{file}, member 'link.png': it is a link: pack the file itself (tar -h --hard-dereference)" in found
+    assert files_digest([file]).startswith("1 files, ")
+
+
+def test_texts_of_a_sample_may_have_endings_in_capitals():
+    """As images may: the caption was left out, and an image with a trigger word was trained on without it."""
+    row = sample_row("here", {"PNG": b"a", "TXT": b"a cat", "Json": b'{"n": 1}'}, None)
+    assert row.values == {"image": b"a", "prompt": "a cat", "n": 1} and row.caption_from == ".txt"
 
 
 def shards(tmp_path, ending, mode):
