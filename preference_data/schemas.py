@@ -31,6 +31,10 @@ def _check_prompt(prompt: object, where: str) -> None:
         raise BadRow(in_column(where, "prompt"), f"expected text, found {type(prompt).__name__}")
     if not prompt.strip():
         raise BadRow(in_column(where, "prompt"), "the prompt is empty")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # JSON may hold half of an emoji, which no tokenizer takes
+        raise BadRow(in_column(where, "prompt"), "the text is not valid Unicode: a character is cut in half") from None
 
 
 def _check_index(index: object, images: Sequence[ImageSource], where: str, column: str) -> None:

@@ -35,6 +35,14 @@ def test_every_form_has_a_prompt_and_images(form):
         form(None)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_half_an_emoji_in_a_prompt_is_a_bad_row(form):
+    """It ended everything at the first use of the text, without the row's name and where bad rows are skipped too."""
+    with bad("prompt", "the text is not valid Unicode: a character is cut in half"):
+        form("a cat \ud83d")
+    assert form("a cat \U0001f63a").prompt
+
+
 @pytest.mark.parametrize("form", ["Pair", "Ranked", "BestWorst", "ReferenceWorst", "CaptionedImage"])
 def test_a_missing_file_is_found_by_check(tmp_path, form):
     gone = ImageSource(f"{ROW}, column 'x'", path=tmp_path / "gone.png")
