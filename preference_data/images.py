@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from PIL import Image, UnidentifiedImageError
 
 from preference_data.pictures import FORMATS, ORIENTED_PNG, upright_rgb, upright_size
-from preference_data.places import lies_in, shortened
+from preference_data.places import lies_in, printable, shortened
 
 #: What Pillow's decoders raise for bytes that are not a complete image; they have no error type in common.
 _DECODING = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, KeyError, TypeError)
@@ -30,6 +30,7 @@ class BadRow(ValueError):
     """A row, or an image in it, that cannot be used. The message begins with ``where``: file, row, column."""
 
     def __init__(self, where: str, problem: str) -> None:
+        where, problem = printable(where), printable(problem)  # both show names and values of the data
         super().__init__(where, problem)  # both in args, so that the error can be pickled by a worker process
         self.where = where
         self.problem = problem

@@ -1,6 +1,7 @@
 """Where files may lie: a data set names files in its own folder, not any of the machine."""
 
 import os
+import unicodedata
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,8 +21,15 @@ def _real(folder: str) -> str:
     return os.path.realpath(folder)
 
 
+def printable(text: str) -> str:
+    """Return a text of data as it may be sent to a terminal: control characters, and halves of a character, escaped."""
+    return "".join(
+        letter if letter.isprintable() or unicodedata.category(letter) == "Zs" else ascii(letter)[1:-1]
+        for letter in text
+    )
+
+
 def shortened(text: object, length: int = 120) -> str:
     """Return the beginning of a text that a message shows, on one line, and how long it is where that is not all."""
-    shown = " ".join(str(text)[: 2 * length].split())
-    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in shown)
+    shown = printable(" ".join(str(text)[: 2 * length].split()))
     return shown if len(str(text)) <= length else f"{shown[:length]}... ({len(str(text))} characters)"

@@ -172,6 +172,14 @@ def test_the_error_survives_the_way_out_of_a_worker_process():
 # --- What tells images apart ---
 
 
+def test_a_message_sends_no_control_characters_of_the_data_to_the_terminal():
+    """A name in a row could clear the screen or forge a line, and one with half a character could not be printed."""
+    error = BadRow("a\x1b[2J.jsonl, row 1", "the image \x9b31m\nforged\u202e\udcff.png does not exist")
+    assert str(error) == "a\\x1b[2J.jsonl, row 1: the image \\x9b31m\\nforged\\u202e\\udcff.png does not exist"
+    assert str(BadRow("Fotos 日本\u3000é.jsonl", "x")) == "Fotos 日本\u3000é.jsonl: x"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
 def test_a_digest_is_of_the_bytes(saved):
     assert of("a.png", saved).digest() == of(encoded(1)).digest() != of(encoded(2)).digest()
     assert of(encoded(1)).digest() != of(encoded(1, "BMP")).digest()
