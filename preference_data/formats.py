@@ -125,7 +125,11 @@ def _votes(cells: Cells) -> Preference | None:
     images = [cells.image(name) for name in names]
     if winner in _TIES:
         return Pair(cells.prompt(*PROMPT), images[0], images[1], confidence=0.5, where=cells.where)
-    wins = [winner in (*known, name.lower(), name[-1]) for known, name in zip(_SIDES, names, strict=True)]
+    in_file = cells.row.named_in_file
+    wins = [
+        winner in (*known, name.lower(), name[-1], in_file.get(name, name).lower())
+        for known, name in zip(_SIDES, names, strict=True)
+    ]
     if wins not in ([True, False], [False, True]):
         raise BadRow(
             in_column(cells.where, column),

@@ -10,8 +10,8 @@ import lzma
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -45,7 +45,8 @@ class Row:
 
     where: its place for messages, "file.parquet, row 3", counted from 0. values: its columns. folder: where its
     relative paths start; None for the working folder. within: the folder that they must stay in; None for any.
-    caption_from: where its prompt stands, if not in a column.
+    caption_from: where its prompt stands, if not in a column. named_in_file: names in the file of columns that go under
+    others here.
     """
 
     where: str
@@ -53,6 +54,7 @@ class Row:
     folder: Path | None
     within: Path | None = None
     caption_from: str = ""
+    named_in_file: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_rows(file: Path) -> Iterator[Row | BadRow]:

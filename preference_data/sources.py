@@ -87,7 +87,10 @@ class Renamed:
         for number, row in enumerate(self.source):
             if number == 0 and isinstance(row, Row):
                 self.check(row)
-            yield row if isinstance(row, BadRow) else replace(row, values=self._renamed(row))
+            if isinstance(row, Row):
+                yield replace(row, values=self._renamed(row), named_in_file=self.columns)
+            else:
+                yield row
 
     def _renamed(self, row: Row) -> dict[str, Any]:
         kept = {name: value for name, value in row.values.items() if name not in self.columns.values()}

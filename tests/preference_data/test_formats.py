@@ -305,6 +305,15 @@ def test_a_table_of_votes_is_read(tmp_path, winner, chosen):
     assert chosen is None or pair.chosen.path.name == chosen
 
 
+def test_a_vote_may_name_the_column_as_the_file_does(tmp_path):
+    """Where --columns renamed the images' columns, no vote that named one of them was understood."""
+    save(tmp_path, "0.png", "1.png")
+    (tmp_path / "v.csv").write_text("prompt,Ours,base,who\np,0.png,1.png,ours\np,0.png,1.png,base\np,0.png,1.png,b\n")
+    columns = {"image_a": "Ours", "image_b": "base", "winner": "who"}
+    chosen = [pair.chosen.path.name for pair in read_preferences(tmp_path / "v.csv", columns=columns)]
+    assert chosen == ["0.png", "1.png", "1.png"]
+
+
 def test_a_vote_that_cannot_be_understood_is_named_and_one_that_was_not_given_is_counted(tmp_path):
     save(tmp_path, "0.png", "1.png")
     (tmp_path / "v.csv").write_text("prompt,left,right,vote\np,0.png,1.png,\np,0.png,1.png,C\n")
