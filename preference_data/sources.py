@@ -52,12 +52,12 @@ class Source(Protocol):
 class Files:
     """Data files, read one after the other; each is opened when its first row is asked for.
 
-    ``root``: the folder that their rows' paths, and the files themselves, must stay in.
+    ``root``: the folder that their rows' paths, and the files themselves, must stay in. ``others``: data files beside them.
     """
 
-    def __init__(self, name: str, files: Iterable[Path], root: Path) -> None:
+    def __init__(self, name: str, files: Iterable[Path], root: Path, others: Iterable[Path] = ()) -> None:
         self.name = name
-        self.files = list(files)
+        self.files, self.others = list(files), list(others)
         self.root = root
         self.by_path = all(ending_of(file) in TEXT_ENDINGS for file in self.files)
 
@@ -70,11 +70,16 @@ class Files:
                     yield replace(row, values=rename_file_name_columns(row.values), within=self.root)
 
     def left_out(self, used: set[Path]) -> list[tuple[str, str]]:
-        """List (reason, file) of the pictures beside those that are used; ``used``: files of images."""
+        """List (reason, file) of the data files, and pictures, beside those that are used; ``used``: files of images."""
+        kinds = {ending_of(file) for file in self.files}
+        reasons = {True: "its name is of no split", False: "another kind of file is read"}
+        listed = [(reasons[ending_of(file) in kinds], str(file)) for file in self.others]
         if not self.by_path:
-            return []
+            return listed
         folders = sorted({file.parent for file in used})  # not all below the root, which may be anybody's home
-        return not_used([file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()], used)
+        return listed + not_used(
+            [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()], used
+        )
 
 
 class Renamed:
@@ -255,9 +260,11 @@ def _folder(path: Path, split: str, fits: Callable[[list[str]], bool]) -> Source
 
         return InMemory(f"{path} ({split})", load_from_disk(str(path if single else path / split)), path)
     for folder in (path, path / "data", path / split):
-        files = [file for file in _data_files(folder, fits) if _split_of(file.name, split) == split]
+        split_of = {file: _split_of(file.name, split) for file in _data_files(folder, fits)}
+        files = _one_kind([file for file in split_of if split_of[file] == split])
         if files:
-            return _files(path, _one_kind(files))
+            others = [file for file in split_of if split_of[file] in (split, None) and file not in files]
+            return _files(path, files, others)
     if metadata_in(path / split) is not None:
         return ImageFolder(path / split, given=path)
     splits = {_split_of(file.name, split) for folder in (path, path / "data") for file in _data_files(folder, fits)}
@@ -273,9 +280,10 @@ def _folder(path: Path, split: str, fits: Callable[[list[str]], bool]) -> Source
     for folder in places:
         if metadata_in(folder) is not None:
             return ImageFolder(folder, given=path)
-        files = _one_kind(_data_files(folder, fits))
+        beside = _data_files(folder, fits)
+        files = _one_kind(beside)
         if files:
-            return _files(path, files)
+            return _files(path, files, [file for file in beside if file not in files])
         if folder.is_dir() and next(ImageFolder(folder).images(), None) is not None:
             return ImageFolder(folder, _data_files(folder), path)
     raise FileNotFoundError(f"{path} has no data: no file ending in {', '.join(READERS)}, and no image")
@@ -295,11 +303,11 @@ def _fitting(file: Path, fits: Callable[[list[str]], bool]) -> bool:
     return isinstance(row, Row) and fits(list(rename_file_name_columns(row.values)))
 
 
-def _files(root: Path, files: list[Path]) -> Files:
+def _files(root: Path, files: list[Path], others: list[Path]) -> Files:
     for file in files:
         if not lies_in(file, root):
             raise ValueError(f"{file} is a link to a file outside of the folder {root}: name that file itself")
-    return Files(str(files[0] if len(files) == 1 else files[0].parent), files, root)
+    return Files(str(files[0] if len(files) == 1 else files[0].parent), files, root, others)
 
 
 def _data_files(folder: Path, fits: Callable[[list[str]], bool] | None = None) -> list[Path]:

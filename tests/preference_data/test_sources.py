@@ -98,8 +98,21 @@ def test_rows_are_not_read_twice_where_they_lie_in_two_kinds_of_files(folder):
     json_list(folder / "a.json", n(1))
     json_list(folder / "writer.json", n(7))
     assert numbers(folder) == [1]
+    assert open_source(folder, "train").left_out(set()) == [("another kind of file is read", str(folder / "a.json"))]
     (folder / "a.parquet").unlink()
     assert numbers(folder) == [1]
+
+
+def test_data_files_that_are_not_read_are_told(folder):
+    """Shards packed in two ways, and a file beside that of the split, were left out without a word."""
+    tar(folder / "s/0.tar.gz", [("a.json", {"n": 1})], "w:gz")
+    tar(folder / "s/1.tgz", [("b.json", {"n": 2})], "w:gz")
+    assert open_source(folder / "s", "train").left_out(set()) == [
+        ("another kind of file is read", str(folder / "s/1.tgz"))
+    ]
+    for name in ("train", "test", "more"):
+        json_lines(folder / f"{name}.jsonl", n(1))
+    assert open_source(folder, "train").left_out(set()) == [("its name is of no split", str(folder / "more.jsonl"))]
 
 
 def test_no_file_is_opened_before_its_rows_are_due(folder, monkeypatch):
