@@ -13,6 +13,8 @@ from preference_data.rows import IMAGE_ENDINGS, TEXT_ENDINGS, UNREAD_ENDINGS, Ro
 
 #: Names of the folders and files of a split.
 SPLITS = r"train|training|test|testing|validation|valid|val|dev|eval|evaluation|held_out"
+#: Endings of the files with an image's caption, the first of which is taken.
+_CAPTION_ENDINGS = (".txt", ".caption", ".TXT", ".Txt", ".CAPTION", ".Caption")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -132,12 +134,36 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 def caption_beside(image: Path) -> Path | None:
     """Return the file with an image's caption, ``.txt`` or ``.caption`` in any case, if there is one."""
-    candidates = (image.with_suffix(ending) for ending in (".txt", ".caption", ".TXT", ".Txt"))
+    candidates = (image.with_suffix(ending) for ending in _CAPTION_ENDINGS)
     return next((file for file in candidates if file.is_file()), None)
 
 
+def is_image(file: Path) -> bool:
+    """Whether a file has an image's ending and is not hidden."""
+    return file.is_file() and file.name.lower().endswith(IMAGE_ENDINGS) and not file.name.startswith(".")
+
+
+def has_images(folders: Iterable[Path]) -> bool:
+    """Whether one of some folders has an image, in it or below."""
+    return any(next(ImageFolder(folder).images(), None) is not None for folder in folders)
+
+
+def is_split_up(folder: Path) -> bool:
+    """Whether the images of a folder lie in subfolders with the names of splits, of which a single one has them all."""
+    if not folder.is_dir():
+        return False
+    subfolders = [item for item in folder.iterdir() if item.is_dir() and not item.name.startswith(".")]
+    splits = [item for item in subfolders if re.fullmatch(SPLITS, item.name) and has_images([item])]
+    if len(splits) != 1:
+        return bool(splits)
+    return not has_images(item for item in subfolders if item not in splits) and not any(
+        map(is_image, folder.iterdir())
+    )
+
+
 def _in_a_split(file: Path, folder: Path) -> bool:
-    return re.fullmatch(SPLITS, file.relative_to(folder).parts[0]) is not None
+    parts = file.relative_to(folder).parts
+    return re.fullmatch(SPLITS, parts[1] if parts[0] == "data" and len(parts) > 2 else parts[0]) is not None
 
 
 def not_used(files: Iterable[Path], used: set[Path], reason: str = "no row names it") -> list[tuple[str, str]]:

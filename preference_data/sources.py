@@ -15,6 +15,9 @@ from preference_data.image_folders import (
     METADATA_FILES,
     SPLITS,
     ImageFolder,
+    has_images,
+    is_image,
+    is_split_up,
     metadata_in,
     not_used,
     rename_file_name_columns,
@@ -165,7 +168,7 @@ def open_source(
         name: a file (which is every split), a pattern of files (``part-{000..009}.tar``, ``*.parquet``), a folder, a hub
             data set, or a data set in memory.
         split: in a folder, the files ``data/SPLIT-*``, ``SPLIT-*`` or ``SPLIT`` with one of the known endings, or a
-            folder ``SPLIT/`` of such files or of images. A folder without any split's name is every split.
+            folder ``SPLIT/`` of such files, or ``SPLIT/`` or ``data/SPLIT/`` of images. A folder without any split's name is every split.
         config_name, streaming: as in ``datasets.load_dataset``, for a hub data set.
         fits: whether columns are those that are looked for. A file beside images whose rows do not fit is none of the data.
 
@@ -265,17 +268,18 @@ def _folder(path: Path, split: str, fits: Callable[[list[str]], bool]) -> Source
         if files:
             others = [file for file in split_of if split_of[file] in (split, None) and file not in files]
             return _files(path, files, others)
-    if metadata_in(path / split) is not None:
-        return ImageFolder(path / split, given=path)
+    home = path / "data" if is_split_up(path / "data") and not is_split_up(path) else path  # of the splits' folders
+    if metadata_in(home / split) is not None:
+        return ImageFolder(home / split, given=path)
     splits = {_split_of(file.name, split) for folder in (path, path / "data") for file in _data_files(folder, fits)}
-    subfolders = [item.name for item in path.iterdir() if item.is_dir() and not item.name.startswith(".")]
+    subfolders = [item.name for item in home.iterdir() if item.is_dir() and not item.name.startswith(".")]
     splits |= {name for name in subfolders if re.fullmatch(SPLITS, name)}
     found = ", ".join(sorted(filter(None, splits)))
-    if found and not (path / split).is_dir() and metadata_in(path) is None:
+    if found and not (home / split).is_dir() and (metadata_in(path) is None or is_split_up(home)):
         raise FileNotFoundError(f"{path} has no data for the split {split!r}. It has: {found}")
-    places = [path / split, path, path / "data"]
-    others = [path / name for name in subfolders if name != split]
-    if splits <= {split, None} and (_has_images(others) or any(map(_is_image, path.iterdir()))):
+    places = [home / split, path, path / "data"]
+    others = [home / name for name in subfolders if name != split]
+    if splits <= {split, None} and (has_images(others) or any(map(is_image, home.iterdir()))):
         places = [path]  # a subfolder among other images that happens to have the name of a split
     for folder in places:
         if metadata_in(folder) is not None:
@@ -287,14 +291,6 @@ def _folder(path: Path, split: str, fits: Callable[[list[str]], bool]) -> Source
         if folder.is_dir() and next(ImageFolder(folder).images(), None) is not None:
             return ImageFolder(folder, _data_files(folder), path)
     raise FileNotFoundError(f"{path} has no data: no file ending in {', '.join(READERS)}, and no image")
-
-
-def _has_images(folders: Iterable[Path]) -> bool:
-    return any(next(ImageFolder(folder).images(), None) is not None for folder in folders)
-
-
-def _is_image(file: Path) -> bool:
-    return file.is_file() and file.name.lower().endswith(IMAGE_ENDINGS) and not file.name.startswith(".")
 
 
 def _fitting(file: Path, fits: Callable[[list[str]], bool]) -> bool:

@@ -201,6 +201,24 @@ def test_metadata_above_the_splits_gives_each_of_them_its_captions(folder, tmp_p
     assert [image.path.name for image in read.sources()] == ["a.png", "c.png"]
 
 
+@pytest.mark.parametrize("data", ["", "data/"])
+@pytest.mark.parametrize("splits", [("train", "test"), ("train",)])
+def test_a_split_that_is_not_there_is_not_all_the_others(folder, data, splits):
+    """With metadata above the splits the held-out images were those that are trained on; so were those of data/SPLIT."""
+    for split in splits:
+        save(folder, f"{data}{split}/a.png")
+    json_lines(folder / "metadata.jsonl", [{"file_name": f"{data}{s}/a.png", "prompt": s} for s in splits])
+    for split in splits:
+        assert [record.prompt for record in read_captioned(str(folder), split=split)] == [split]
+    with pytest.raises(FileNotFoundError, match=f"no data for the split 'val'. It has: {', '.join(sorted(splits))}$"):
+        read_captioned(str(folder), split="val")
+    (folder / "metadata.jsonl").unlink()
+    source = read_captioned(str(folder), split="train", trigger="T").source
+    assert images_of(source) == [("a.png", None)] and source.left_out({folder / data / "train/a.png"}) == []
+    with pytest.raises(FileNotFoundError, match="no data for the split 'val'"):
+        read_captioned(str(folder), split="val", trigger="T")
+
+
 def test_metadata_of_several_images_a_row_is_all_there_is(folder):
     save(folder, "a.png", "b.png")
     row = {"prompt": "p", "chosen_file_name": "a.png", "rejected_file_name": "b.png", "file_names": ["a.png"]}
@@ -484,7 +502,7 @@ def test_an_image_that_metadata_names_in_full_comes_once(folder, monkeypatch, wa
     assert captions_of(name, trigger="T") == ["T, a", "T, b"]
 
 
-@pytest.mark.parametrize("ending", [".txt", ".TXT", ".caption"])
+@pytest.mark.parametrize("ending", [".txt", ".TXT", ".caption", ".CAPTION"])
 def test_captions_may_stand_in_any_usual_file_beside_the_image(folder, ending):
     save(folder, "a.png", "b.png")
     (folder / f"a{ending}").write_text("beside a")
