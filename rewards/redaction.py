@@ -24,7 +24,8 @@ _LOOKS = (
     (re.compile(r"\b([Bb]earer)\s+(?!TOKEN\b)[\w.~+/=-]{4,}"), rf"\1 {HIDDEN}"),
     (re.compile(r"\b([Bb]asic)\s+(?=\S*[A-Z0-9=])[\w+/=-]{8,}"), rf"\1 {HIDDEN}"),
     (re.compile(r"://[^/\s'\"]*@"), f"://{HIDDEN}@"),
-    (re.compile(r"(https?://[^\s'\"?]*\?)[^\s'\"]+"), rf"\1{HIDDEN}"),
+    # Matched with or without a query, so that text of addresses alone takes no more than one look at each character.
+    (re.compile(r"(https?://[^\s'\"?]*)(\?[^\s'\"]+)?"), lambda url: url[1] + (f"?{HIDDEN}" if url[2] else "")),
     (re.compile(rf"(?<![\w-])([\w-]*{_WORD}=['\"]?)[^\s'\",;&]+", re.IGNORECASE), rf"\1{HIDDEN}"),
 )
 
