@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from rewards.contract import Answer, Reward, RewardError, RewardFailed, RunsElsewhere, describe
+from rewards.redaction import foreign
 from rewards.threads import REWARDS_LOOP, EventLoop, in_thread
 
 
@@ -200,5 +201,6 @@ def _to_float(reward: Reward, row: int, value: Any) -> float:
             return math.nan
         return number if math.isfinite(number) else math.nan
     raise RewardError(
-        f"reward {reward.name!r} returned {value!r} ({type(value).__name__}) for image {row}, not a number or None"
+        f"reward {reward.name!r} returned {foreign(repr(value), longest=200)} ({type(value).__name__}) for image {row}, not a "
+        "number or None"
     )

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from rewards.hints import nearest
+from rewards.redaction import redacted
 from rewards.threads import REWARDS_LOOP, EventLoop
 from rewards.weights import CategoryWeights, Weight, shown
 
@@ -34,8 +35,8 @@ class RewardUnavailable(RewardFailed):
 
 
 def describe(error: BaseException) -> str:
-    """Describe in one line what a reward raised, in the same words wherever it ran."""
-    return str(error) if isinstance(error, RewardFailed) else f"{type(error).__name__}: {error}"
+    """Describe in one line what a reward raised, in the same words wherever it ran, and without secrets."""
+    return redacted(str(error) if isinstance(error, RewardFailed) else f"{type(error).__name__}: {error}")
 
 
 class Answer(NamedTuple):

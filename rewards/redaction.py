@@ -1,5 +1,6 @@
 """What may be printed: values of a config without their secrets, and text of other programs without control characters."""
 
+import os
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -11,6 +12,10 @@ HIDDEN = "***"
 LONGEST = 2000
 #: Characters from which on a token is looked for in texts; a shorter one is no secret and would be found in any word.
 _LEAST = 4
+
+#: Secrets of the entries that were loaded, at least so long that they are no usual words.
+_LEAST_KNOWN = 6
+_known: set[str] = set()
 
 _WORD = r"(?:key|token|secret|password|passwd|passphrase|pwd|authorization|auth|credential|cookie)s?"
 #: Names such as `api_key`, `HF_TOKEN`, `accessKeyId`; not `tokenizer` or `author`.
@@ -40,7 +45,8 @@ def redacted(value: Any) -> Any:
     """Return a value of a config as it may be printed, with ``***`` for each secret.
 
     Secret is what a key such as ``api_key`` or ``HF_TOKEN`` names, every value under ``variables``, and what looks like
-    a secret (``sk-...``, ``Bearer ...``, the user of a URL) in any text. Other names, numbers and text stay.
+    a secret (``sk-...``, ``Bearer ...``, the user of a URL), or was remembered as one, in any text. Other names, numbers
+    and text stay.
     """
     if isinstance(value, Mapping):
         return {redacted(key): _redacted_entry(key, content) for key, content in value.items()}
@@ -48,9 +54,24 @@ def redacted(value: Any) -> Any:
         return [redacted(item) for item in value]
     if not isinstance(value, str):
         return value
+    for secret in sorted(_known, key=len, reverse=True):  # a longer one may contain a shorter one
+        value = value.replace(secret, HIDDEN)
     for look, replacement in _LOOKS:
         value = look.sub(replacement, value)
     return value
+
+
+def remember_secrets(entry: Any, name: Any = "") -> None:
+    """Remember the secrets in a reward's entry, so that no text shows them: what it raises may quote its arguments."""
+    if isinstance(entry, Mapping):
+        for key, value in entry.items():
+            remember_secrets(value, name if is_secret(name) else key)
+    elif isinstance(entry, (list, tuple)):
+        for value in entry:
+            remember_secrets(value, name)
+    elif is_secret(name):
+        text = os.environ.get(str(name), "") if entry is None else str(entry)  # one without a value is that of the run
+        _known.update([text] if len(text) >= _LEAST_KNOWN else [])
 
 
 def _redacted_entry(key: Any, content: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 from rewards.contract import GIVEN, Reward, RunsElsewhere
 from rewards.digests import digest_of, digest_of_callable
 from rewards.hints import nearest
-from rewards.redaction import HIDDEN, located, redacted
+from rewards.redaction import HIDDEN, located, redacted, remember_secrets
 from rewards.table import BUILTINS
 from rewards.weights import Weight, parse_weight
 
@@ -89,6 +89,7 @@ def _load(spec: Spec) -> Reward:
         name = getattr(spec, "__name__", type(spec).__name__)
         reward = _reward(f"custom_{TOTAL}" if name in (TOTAL, "<lambda>") else name, spec, 1.0)
         return replace(reward, digest=digest_of_callable(spec))
+    remember_secrets(spec)
     _check_entry(spec)
     use = spec["use"]
     weight = parse_weight(use, spec.get("weight", 1.0))

@@ -35,6 +35,7 @@ def test_the_contract_imports_nothing_from_where_rewards_run():
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {module for module in modules if module.startswith("rewards.")} == {
         "rewards.hints",
+        "rewards.redaction",
         "rewards.threads",
         "rewards.weights",
     }

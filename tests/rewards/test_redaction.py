@@ -3,14 +3,17 @@
 from dataclasses import fields
 
 import pytest
+from PIL import Image
 
 from align.dpo import DPOConfig
 from align.dpo_online import OnlineDPOConfig
 from align.grpo import GRPOConfig
 from align.nft import NFTConfig
 from align.sft import SFTConfig
-from rewards import load_rewards
-from rewards.redaction import foreign, is_secret, redacted
+from rewards import load_rewards, registry
+from rewards.calling import score
+from rewards.contract import RewardError
+from rewards.redaction import foreign, is_secret, redacted, remember_secrets
 
 SECRET = "hunter2-of-all-people"
 
@@ -100,6 +103,39 @@ def test_a_mistake_in_an_entry_is_told_without_its_secrets(entry, capsys):
     assert SECRET not in redacted(str(caught.value))  # as a command prints it
     if entry != {"use": f"hpsv3?token={SECRET}"}:
         assert SECRET not in str(caught.value)
+
+
+QUOTES_ITS_KEY = """
+def settings(**given): raise ValueError(f"settings {given} do not work")
+def refused(api_key): raise ValueError(f"the key {api_key} was refused")
+def ended(api_key): raise SystemExit(api_key)
+def raises(api_key):
+    def score(images, prompts): raise RuntimeError(f"401 for {api_key}")
+    return score
+def returns(api_key): return lambda images, prompts: [f"401 for {api_key}"]
+"""
+
+
+@pytest.mark.parametrize("factory", ["settings", "refused", "ended", "raises", "returns"])
+@pytest.mark.parametrize("way", ["args", "variables"])
+def test_an_error_that_quotes_a_key_of_the_entry_is_shown_without_it(tmp_path, monkeypatch, factory, way):
+    """As HTTP clients do: `Incorrect API key provided: ...` went to the log, to the table of failures, and to a service's
+    clients."""
+    file = tmp_path / "quotes.py"
+    file.write_text(QUOTES_ITS_KEY)
+    key = "not-known-by-its-look"
+    entry = {"use": f"{file}:{factory}", "args": {"api_key": key}}
+    if way == "variables":  # a key that the entry only names
+        monkeypatch.setenv("JUDGE_API_KEY", key)
+        remember_secrets({"environment": {"variables": {"JUDGE_API_KEY": None, "HF_HOME": "/somewhere"}}})
+        monkeypatch.setattr(registry, "remember_secrets", lambda entry: None)
+    shown = ""
+    try:
+        shown = str(score(load_rewards(entry), [Image.new("RGB", (8, 8))], ["p"], {})[1])
+    except (ValueError, ImportError, RewardError) as error:
+        shown = redacted(str(error))
+    assert "***" in shown and key not in shown
+    assert redacted("/somewhere a token") == "/somewhere a token"
 
 
 def test_rewards_are_not_sent_to_a_tracker():
