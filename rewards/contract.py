@@ -2,6 +2,7 @@
 
 import abc
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from rewards.hints import nearest
 from rewards.redaction import redacted
 from rewards.threads import REWARDS_LOOP, EventLoop
 from rewards.weights import CategoryWeights, Weight, shown
+
+logger = logging.getLogger(__name__)
 
 #: The arguments that every reward takes; it asks for data columns by name.
 GIVEN = ("images", "prompts")
@@ -140,9 +143,15 @@ class Reward:
         """Return name, weight, and eight digits of the digest: what tells it from another, and no password."""
         return f"{self.name} (weight {shown(self.weight)}" + (f", {self.digest[:8]})" if self.digest else ")")
 
-    def close(self) -> None:
-        """Release what the reward holds (a process, connections)."""
-        close_callable(self.function)
+    def close(self, loop: EventLoop = REWARDS_LOOP) -> None:
+        """Release what the reward holds (a process, connections); warn if that fails, as there are others to close.
+
+        ``loop``: on which it ran, if it is async.
+        """
+        try:
+            close_callable(self.function, loop)
+        except Exception as error:  # whatever a user's function raises; the scores are all there
+            logger.warning("reward %r could not be closed: %s", self.name, describe(error))
 
 
 def close_callable(function: Callable[..., Any], loop: EventLoop = REWARDS_LOOP) -> None:

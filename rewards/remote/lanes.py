@@ -10,7 +10,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from rewards.calling import score_one
-from rewards.contract import Answer, Reward, RunsElsewhere, close_callable
+from rewards.contract import Answer, Reward, RunsElsewhere
 from rewards.hints import nearest
 from rewards.remote.wire import ContentError, Request
 from rewards.threads import EventLoop, in_thread
@@ -71,7 +71,7 @@ class Lane:
 
     def close(self) -> None:
         """Release what the reward holds."""
-        close_callable(self.reward.function, self.loop)
+        self.reward.close(self.loop)
 
     def check(self, request: Request) -> None:
         """Raise ContentError for a column that the reward does not take, or a missing one that it needs."""

@@ -66,6 +66,18 @@ def test_a_callable_of_the_users_own_takes_any_value_whatever_its_attributes_are
     mine.close()
 
 
+@pytest.mark.parametrize("timeout", [{}, {"timeout": 5}])
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_a_reward_that_cannot_be_closed_costs_nothing(tmp_path, caplog, kind, timeout):
+    """What it raised took the place of the scores, or of what had ended the run, and left later rewards running."""
+    file = tmp_path / "unclosable.py"
+    call, close = f"{kind} __call__(self, images, prompts): return [1.0]", f"{kind} close(self): raise OSError('gone')"
+    file.write_text(f"class Mine:\n    {call}\n    {close}\n\nmine = Mine()\n")
+    (mine,) = load_rewards([{"use": f"{file}:mine"} | timeout])
+    mine.close()
+    assert "reward 'mine' could not be closed: OSError: gone" in caplog.text
+
+
 def test_cut_prompts_are_counted_under_a_time_limit_too(tmp_path):
     file = tmp_path / "counting.py"
     file.write_text(
