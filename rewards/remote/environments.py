@@ -105,7 +105,8 @@ def private_cache_folder() -> Path:
     for path, foreign_write in ((folder.parent, 0o002), (folder, 0o022)):
         path.mkdir(mode=0o700, exist_ok=True)
         status = path.stat()
-        if status.st_uid != os.geteuid() or status.st_mode & foreign_write:
+        owners = {status.st_uid, path.lstat().st_uid}  # whose link it is can lead it elsewhere later
+        if owners != {os.geteuid()} or status.st_mode & foreign_write:
             raise ValueError(
                 f"the folder {path} belongs to another user or is writable by others, who could put programs there that "
                 "a reward would run: remove it, or set XDG_CACHE_HOME to a folder of your own"

@@ -499,6 +499,20 @@ def test_an_environment_that_another_user_has_planted_is_not_executed(offline, t
     assert not list(folder.iterdir())
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a link away")
+@pytest.mark.parametrize("name", ["flow-align", "flow-align/environments"])
+def test_a_link_of_another_user_is_no_folder_of_environments(offline, tmp_path, name):
+    """It led to a folder of the user's own while that was checked, and could lead to another one from then on."""
+    (tmp_path / "own" / "environments").mkdir(parents=True, mode=0o700)
+    link = tmp_path / "cache" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "own")
+    assert environments.private_cache_folder()
+    os.lchown(link, 65534, 65534)
+    with pytest.raises(ValueError, match=f"the folder {link} belongs to another user"):
+        environments.private_cache_folder()
+
+
 def test_a_lock_that_is_a_link_empties_no_file(offline, tmp_path):
     """A planted link named one of the user's files, which was emptied."""
     (tmp_path / "thesis").write_text("three years")
