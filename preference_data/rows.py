@@ -10,7 +10,7 @@ import lzma
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -127,7 +127,12 @@ def _csv(file: Path) -> Iterator[Row | BadRow]:
     row = 0
     try:
         with file.open(encoding="utf-8-sig", newline="") as text:
-            for values in csv.DictReader(text, strict=True):
+            reader = csv.DictReader(text, strict=True)
+            problem = _problem_of_header(reader.fieldnames or ())
+            if problem:
+                yield BadRow(f"{file}, the first line", problem)
+                return
+            for values in reader:
                 where = f"{file}, row {row}"
                 row += 1
                 if None in values:
@@ -136,6 +141,15 @@ def _csv(file: Path) -> Iterator[Row | BadRow]:
                     yield Row(where, {name: cell or None for name, cell in values.items()}, file.parent)
     except (csv.Error, UnicodeDecodeError) as error:
         yield BadRow(f"{file}, row {row}", f"not valid CSV from here on: {error}")
+
+
+def _problem_of_header(names: Sequence[str]) -> str | None:
+    """Return why the rows under these columns cannot be read, or None."""
+    twice = next((name for name in names if name and list(names).count(name) > 1), None)
+    if twice is not None:
+        return f"two columns are called {twice!r}: only the last of them would be read"
+    separator = next((s for s in ";\t" if len(names) == 1 and s in names[0]), None)
+    return f"its columns are separated by {separator!r}: write commas" if separator else None
 
 
 def _parquet(file: Path) -> Iterator[Row | BadRow]:

@@ -102,6 +102,15 @@ def test_a_json_file_that_is_no_list_of_rows_says_so(tmp_path, monkeypatch):
 # --- CSV ---
 
 
+def test_a_csv_whose_columns_cannot_be_told_apart_is_said_so(tmp_path):
+    """Of two columns of one name the last was taken, without a word."""
+    (said,) = read(write(tmp_path / "a.csv", "image,prompt,prompt\na.png,a cat,a dog\n"))
+    assert said.endswith("a.csv, the first line: two columns are called 'prompt': only the last of them would be read")
+    (said,) = read(write(tmp_path / "b.csv", "image;prompt\na.png;a cat\nb.png;a dog\n"))
+    assert said.endswith("b.csv, the first line: its columns are separated by ';': write commas")
+    assert len(read(write(tmp_path / "c.csv", "image,prompt,,\na.png,a cat,,\n"))) == 1  # as spreadsheets write it
+
+
 def test_a_csv_that_breaks_names_the_row(tmp_path):
     assert "a.csv, row 1: more cells than columns" in read(write(tmp_path / "a.csv", "a,b\n1,2\n1,2,3\n4,5\n"))[1]
     assert "a.csv, row 1: not valid CSV from here on" in read(write(tmp_path / "a.csv", 'a,b\n1,2\n"3,4\n'))[1]
