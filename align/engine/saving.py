@@ -76,6 +76,8 @@ class CheckpointingTrainer(Trainer):
         args, state, run_folder = self.args, self.state, Path(str(self.args.output_dir))
         final = run_folder / f"checkpoint-{state.global_step}"
         best = str(run_folder / f"checkpoint-{state.best_global_step}") if state.best_global_step else None
+        if best is not None and best != str(final) and not Path(best).is_dir():  # not saved, or in another folder
+            best = None
         writing = checkpoints.written(final, self.identity(), args.should_save, args.save_total_limit, best)
         with self.metrics.paused(), writing as folder:
             self.handed_on.writing_into = str(folder.parent)
@@ -88,6 +90,12 @@ class CheckpointingTrainer(Trainer):
                 state.best_model_checkpoint = best
                 if args.should_save:
                     state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # The Trainer would choose an update that is evaluated and not saved, and find no checkpoint of it at the end.
+        if self.args.load_best_model_at_end and self.args.save_strategy != "best" and not self.control.should_save:
+            return False
+        return super()._determine_best_metric(metrics, trial)
 
     def _get_output_dir(self, trial: Any) -> str:
         # Asked for by _save_checkpoint alone: there it is the folder of unfinished checkpoints.

@@ -64,6 +64,36 @@ def test_the_best_checkpoint_is_exported(tmp_path, tuning, strategy):
     assert "the weights after update 1, the best ones" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.parametrize("limit", [None, 1])
+def test_the_best_is_one_that_was_saved(tmp_path, limit):
+    """Evaluated more often than saved, a run once ended in a traceback after the last update, and exported nothing."""
+    run = trainer(tmp_path, save_steps=2, save_total_limit=limit)
+    run.train()
+    run.finish("tiny", "three prompts")
+    best = load_file(tmp_path / "checkpoint-2" / WEIGHTS)  # of the third update too: updates 2 and 3 were saved
+    run.flow.save(tmp_path / "expected", best)
+    exported, expected = (load_file(f / "pytorch_lora_weights.safetensors") for f in (tmp_path, tmp_path / "expected"))
+    assert run.state.best_global_step == 2 and all((exported[k] == expected[k]).all() for k in expected)
+
+
+def test_a_best_that_was_not_saved_and_is_not_wanted_stops_nothing(tmp_path):
+    """With one checkpoint to keep, the last update of a run was once followed by a search for that of the best one."""
+    run = trainer(
+        tmp_path, save_steps=2, max_steps=2, load_best_model_at_end=False, metric_for_best_model="eval_reward"
+    )
+    run.train()
+    assert run.state.best_global_step == 1 and (tmp_path / "checkpoint-2").is_dir()
+
+
+def test_a_run_in_another_folder_keeps_the_best_of_before(tmp_path):
+    """It once looked for it in its own folder, where it is not."""
+    trainer(tmp_path / "before", max_steps=1, lr_scheduler_type="constant").train()
+    run = trainer(tmp_path / "after", max_steps=2, lr_scheduler_type="constant")
+    run.train(resume_from_checkpoint=str(tmp_path / "before" / "checkpoint-1"))
+    assert run.state.best_model_checkpoint == str(tmp_path / "before" / "checkpoint-1")
+    assert run.handed_on.best == 1
+
+
 def test_without_rewards_the_loss_decides(tmp_path, caplog):
     saving = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     run = sft(tmp_path, eval_dataset=True, load_best_model_at_end=True, **saving)
