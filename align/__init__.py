@@ -5,12 +5,15 @@ Rooms, each importing from the floors below it: doors (the files here) > ``cli``
 """
 
 from importlib.util import find_spec
+from pathlib import Path
 
 __version__ = "0.3.0"
 
 for _package in ("rewards", "preference_data"):
     _found = find_spec(_package)
-    if _found is not None and _found.submodule_search_locations is None:  # a file in the working folder
-        raise ImportError(
-            f"{_found.origin} hides the package {_package!r} of flow-align: rename the file, or start from another folder"
+    if _found is None or _found.origin is None:
+        continue
+    if Path(_found.origin).resolve() != Path(__file__).resolve().parents[1] / _package / "__init__.py":
+        raise ImportError(  # a file or a folder of the same name, most often in the working folder
+            f"{_found.origin} hides the package {_package!r} of flow-align: rename it, or start from another folder"
         )

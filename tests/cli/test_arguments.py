@@ -351,10 +351,13 @@ def test_a_door_by_its_path_does_not_lend_its_folders_to_rewards(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["rewards", "preference_data"])
-def test_a_file_that_hides_a_package_of_ours_is_named(tmp_path, name):
-    (tmp_path / f"{name}.py").write_text("")
+@pytest.mark.parametrize("layout", ["{}.py", "{}/__init__.py"])
+def test_a_file_that_hides_a_package_of_ours_is_named(tmp_path, name, layout):
+    file = tmp_path / layout.format(name)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("")
     ended = subprocess.run([sys.executable, "-c", "import align"], cwd=tmp_path, capture_output=True, text=True)
-    assert ended.returncode != 0 and f"{name}.py hides the package '{name}' of flow-align: rename" in ended.stderr
+    assert ended.returncode != 0 and f"{file} hides the package '{name}' of flow-align: rename" in ended.stderr
 
 
 # --- Embedded data ---
