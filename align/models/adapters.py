@@ -107,6 +107,8 @@ def effective_alphas(settings: Mapping[str, Any], ranks: Mapping[str, int]) -> d
     pattern, alphas = settings.get("alpha_pattern") or {}, dict[str, float]()
     for layer, rank in ranks.items():
         alpha = pattern.get(get_pattern_key(pattern, layer), settings.get("lora_alpha", rank))
+        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise ValueError(f"the alpha of {layer} is stored as {alpha!r}, which is no number")
         alphas[layer] = alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
     return alphas
 
@@ -167,10 +169,15 @@ def read_adapter(name: str | Path, layers: Mapping[str, tuple[int, int]]) -> Lor
     except SafetensorError as error:
         raise ValueError(f"adapter {file} cannot be read: {error}") from error
     beside = file.with_name(_PEFT)
-    settings = stored_settings(metadata, beside.read_text() if beside.is_file() else None)
-    if settings is None and any(key.startswith(_PREFIXES[0]) for key in tensors):
-        logger.warning("adapter %s has no %s beside it, which says its alpha: it is taken to be the rank", file, _PEFT)
     try:
+        settings = stored_settings(metadata, beside.read_text() if beside.is_file() else None)
+        if settings is None and any(key.startswith(_PREFIXES[0]) for key in tensors):
+            logger.warning(
+                "adapter %s has no %s beside it, which says its alpha: it is taken to be the rank", file, _PEFT
+            )
+        for key, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{key} holds numbers that are NaN or infinite")
         return from_tensors(tensors, settings or {}, layers)
     except ValueError as error:
         raise ValueError(f"adapter {file}: {error}") from None
@@ -179,10 +186,22 @@ def read_adapter(name: str | Path, layers: Mapping[str, tuple[int, int]]) -> Lor
 def stored_settings(metadata: Mapping[str, str], beside: str | None) -> dict[str, Any] | None:
     """Return what a file's metadata, or the text of PEFT's config beside it, say of a LoRA; None where there is nothing."""
     if _OURS in metadata:
-        return json.loads(metadata[_OURS])
+        return _mapping(metadata[_OURS], _OURS)
     if _DIFFUSERS in metadata:
-        return {key.removeprefix("transformer."): value for key, value in json.loads(metadata[_DIFFUSERS]).items()}
-    return None if beside is None else json.loads(beside)
+        stored = _mapping(metadata[_DIFFUSERS], _DIFFUSERS)
+        return {key.removeprefix("transformer."): value for key, value in stored.items()}
+    return None if beside is None else _mapping(beside, _PEFT)
+
+
+def _mapping(text: str, what: str) -> dict[str, Any]:
+    """Read a mapping, as JSON, and raise ValueError for anything else."""
+    try:
+        mapping = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"its {what} is not JSON: {error}") from error
+    if not isinstance(mapping, dict):
+        raise ValueError(f"its {what} is no mapping")
+    return mapping
 
 
 def from_tensors(
@@ -204,6 +223,10 @@ def from_tensors(
             strange.append(key)
             continue
         side = _SIDES[found["side"]]
+        if tensor.numel() == 0 or (tensor.numel() != 1 if side == "alpha" else tensor.ndim != 2):
+            raise ValueError(
+                f"{key} has the shape {tuple(tensor.shape)}: A and B are matrices, and alpha is one number"
+            )
         if layer in sides[side]:
             raise ValueError(f"{key} and {names[layer, side]} are for the same layer")
         sides[side][layer], names[layer, side] = tensor, key

@@ -1,6 +1,7 @@
 """LoRA files of others: each layout is the function that it was saved as, and a file that is not one of them is refused."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,15 @@ def strange(matrices) -> dict[str, tuple[dict[str, Tensor], str]]:
             good | {first + "lora_A.weight": down[:, 1:]},
             r"needs \(4, 128\) and \(128, 4\): it is the LoRA of another model",
         ),
+        "convolution": (
+            good | {first + "lora_A.weight": down[..., None, None]},
+            r"to_q\.lora_A\.weight has the shape \(4, 128, 1, 1\): A and B are matrices",
+        ),
+        "two alphas": (good | {first + "alpha": up[0, :2]}, r"to_q\.alpha has the shape .* alpha is one number"),
+        "NaN": (
+            good | {first + "lora_B.weight": up * math.nan},
+            "lora_B.weight holds numbers that are NaN or infinite",
+        ),
         "empty": ({}, "it holds no tensor"),
     }
 
@@ -208,6 +218,23 @@ def test_variants_of_lora_are_refused_in_a_file_and_for_training(tiny, matrices,
         from_tensors(named(matrices, ""), settings, layers)
     with pytest.raises(ValueError, match=message):
         tiny.add_lora(LoraConfig(r=4, **settings))
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ('{"lora_alpha": 8', "adapter_config.json is not JSON: "),
+        ("[8]", "adapter_config.json is no mapping"),
+        ('{"lora_alpha": null}', "the alpha of .* is stored as None, which is no number"),
+        ('{"lora_alpha": "8"}', "the alpha of .* is stored as '8', which is no number"),
+    ],
+)
+def test_what_is_stored_about_a_lora_is_damaged(matrices, layers, tmp_path, stored, message):
+    """It once ended in a traceback, or in a sentence that named no file."""
+    file = write(tmp_path, named(matrices, "base_model.model."), {})
+    file.with_name("adapter_config.json").write_text(stored)
+    with pytest.raises(ValueError, match=f"^adapter {file}: .*{message}"):
+        read_adapter(file, layers)
 
 
 def test_a_file_that_is_no_safetensors_file_is_a_sentence(tmp_path, layers):
