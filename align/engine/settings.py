@@ -226,8 +226,12 @@ class FlowConfig(TrainingArguments):
         then the default.
 
         Raises:
-            ValueError: it is the reward, and nothing is scored.
+            ValueError: it is the reward, and nothing is scored; or nothing is evaluated before the end.
         """
+        if self.save_strategy == "best" and self.eval_strategy == "no" and (rewards or data):
+            raise ValueError(
+                "save_strategy best saves after evaluations and eval_strategy is no: nothing would be saved. Set eval_strategy"
+            )
         wanted = self.metric_for_best_model
         if wanted is not None and not rewards and not data and wanted not in ("reward", "eval_reward"):
             raise ValueError(

@@ -108,6 +108,8 @@ def test_without_rewards_the_loss_decides(tmp_path, caplog):
 def test_a_measure_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match="chosen by eval_reward and no held-out samples are scored"):
         trainer(tmp_path, held_out=None, eval_strategy="no", save_strategy="best")
+    with pytest.raises(ValueError, match="save_strategy best saves after evaluations and eval_strategy is no"):
+        trainer(tmp_path, eval_strategy="no", save_strategy="best")  # once: a run without a checkpoint
     run = trainer(tmp_path, metric_for_best_model="eval_rewad")
     with pytest.raises(NotMeasured, match=r"'eval_rewad' is not measured\. Did you mean 'eval_reward'\?"):
         run.train()
