@@ -183,3 +183,10 @@ class CheckpointingTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         # The Trainer would look for the whole transformer's weights.
         load_trained(self.trained_parameters(), Path(resume_from_checkpoint) / WEIGHTS)
+
+    def _run_epoch(self, **where: Any) -> None:
+        # The Trainer would add an update to a run that is resumed from its last one.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**where)

@@ -158,6 +158,19 @@ def test_the_same_data_elsewhere_are_the_same_data(runs, tmp_path, caplog):
     assert "what differs" not in caplog.text
 
 
+def test_a_run_that_is_complete_gets_no_update_more(tmp_path):
+    """Started once more, as a scheduler does, it once trained beyond its end, one update each time."""
+    data = list(read_captioned(GROUNDED))[:8]  # 2 updates an epoch
+    first = sft(tmp_path, data, **SAVING, lr_scheduler_type="constant")
+    first.train()
+    before = first.trained_parameters()
+    for length in ({"max_steps": 1}, {"max_steps": -1, "num_train_epochs": 0.5}):
+        again = sft(tmp_path, data, **SAVING | length, lr_scheduler_type="constant")
+        again.train(resume_from_checkpoint=True)
+        after = again.trained_parameters()
+        assert again.state.global_step == 1 and all((after[name] == before[name]).all() for name in before)
+
+
 def test_a_checkpoint_of_weights_alone_is_no_place_to_go_on_from(tmp_path):
     """A fresh optimizer would begin there without a word."""
     sft(tmp_path / "first", save_only_model=True, **SAVING).train()
