@@ -129,8 +129,8 @@ def check_optimizer(args: FlowConfig) -> None:
         raise ValueError(_not_built(args, ("optim", "optim_args"), error) + ways_out) from error
     if not changed:
         raise ValueError(
-            f"optim_args {args.optim_args} change nothing: optim {_plain(args.optim)} does not read them. "
-            "Its betas, epsilon and weight decay are adam_beta1, adam_beta2, adam_epsilon and weight_decay"
+            f"optim_args {args.optim_args} change nothing: optim {_plain(args.optim)} does not read them, or they are its "
+            "defaults. Its betas, epsilon and weight decay are adam_beta1, adam_beta2, adam_epsilon and weight_decay"
         )
     try:
         rates = _first_rates(args, optimizer)

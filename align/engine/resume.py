@@ -241,7 +241,7 @@ def _differences(current: dict[str, Any], before: dict[str, Any]) -> list[tuple[
 
 def _option(name: str, value: Any) -> str:
     """Write a setting as on the command line."""
-    values = value if isinstance(value, list) else [value]
+    values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
     return " ".join([f"--{name}", *(shlex.quote(str(v)) for v in values)])
 
 

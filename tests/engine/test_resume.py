@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from align.cli.images import CaptionedDataArguments, PreferenceDataArguments
 from align.cli.launch import check_adapter_stays, settings_beside
 from align.dpo import DPOConfig
 from align.dpo_online import OnlineDPOConfig
-from align.engine.resume import ROWS_PER_UPDATE, ResumePlan, clear_earlier_run, describe_inputs, plan_resume
+from align.engine.resume import ROWS_PER_UPDATE, ResumePlan, _option, clear_earlier_run, describe_inputs, plan_resume
 from align.engine.settings import FlowConfig, check_settings, setting, values_of
 from align.grpo import GRPOConfig
 from align.models.qwen_image import QwenImage
@@ -66,6 +67,12 @@ def test_another_update_is_refused_by_name(runs, tmp_path, algorithm, change, me
     with pytest.raises(ValueError, match=message):
         run.train(resume_from_checkpoint=str(runs[algorithm]))
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_the_advice_can_be_typed():
+    typed = shlex.split(_option("lr_scheduler_kwargs", {"min_lr": 0.1}))
+    assert typed[0] == "--lr_scheduler_kwargs" and json.loads(typed[1]) == {"min_lr": 0.1}
+    assert shlex.split(_option("rewards", ["a.py:b", "it's"])) == ["--rewards", "a.py:b", "it's"]
 
 
 @pytest.mark.parametrize("decay", [0.9, None])
