@@ -16,7 +16,7 @@ COMMANDS = {
     "sft": ("align.sft", "fine-tuning on captioned images"),
     "generate": ("align.generate", "sample images; with rewards, score and rank them"),
     "rewards": ("rewards.__main__", "list the built-in rewards, score images by them, serve them over HTTP"),
-    "inspect": ("preference_data.inspect", "describe preference data, and draw pairs of it"),
+    "inspect": ("align.cli.inspection", "describe training data, and draw pairs of it"),
     "configs": ("align.cli.configs", "list the shipped configs, or print the path of one"),
 }
 

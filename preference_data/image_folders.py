@@ -103,6 +103,7 @@ class ImageFolder:
                 if (below / name).is_file() and below / name not in self.metadata
             ]
             listed += [("another metadata file of the folder is read", str(file)) for file in unread]
+            listed += [("a .json beside an image is not read", str(file)) for file in sidecars(below)]
         if self.given != self.folder:
             elsewhere = [file for file in files_below(self.given) if not _in_a_split(file, self.given)]
             listed += not_used(elsewhere, used, f"it is not in the folder {self.folder.name}")
@@ -136,6 +137,14 @@ def caption_beside(image: Path) -> Path | None:
     """Return the file with an image's caption, ``.txt`` or ``.caption`` in any case, if there is one."""
     candidates = (image.with_suffix(ending) for ending in _CAPTION_ENDINGS)
     return next((file for file in candidates if file.is_file()), None)
+
+
+def sidecars(folder: Path) -> list[Path]:
+    """Return the ``.json`` files in a folder that have the name of an image beside them, sorted."""
+    names = sorted(file.name for file in folder.iterdir())
+    images = {name.rpartition(".")[0] for name in names if name.lower().endswith(IMAGE_ENDINGS)}
+    files = [folder / name for name in names if name.endswith(".json") and not name.startswith(".")]
+    return [file for file in files if file.name.partition(".")[0] in images or file.stem in images]
 
 
 def is_image(file: Path) -> bool:

@@ -12,7 +12,7 @@ import statistics
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -40,6 +40,10 @@ _CAPTION = 34
 _GAP = 8
 
 
+#: Of a prompt: how many tokens it has, and how many are read.
+Tokens = Callable[[str], tuple[int, int]]
+
+
 @dataclass
 class Findings:
     """What a pass over the data set gathers: a few numbers for each record, and small copies of some images."""
@@ -52,6 +56,7 @@ class Findings:
     verdicts: dict[bytes, Counter[bool]] = field(default_factory=dict)  # of each pair of images, by which one is chosen
     account: Account = field(default_factory=lambda: Account("trained on"))
     buckets: list[Bucket] = field(default_factory=list)
+    tokens: Tokens | None = None
     files: list[Path] = field(default_factory=list)
     sampled: list[tuple[int, str, list[Image.Image]]] = field(default_factory=list)  # index in the data, prompt, images
     offered: int = 0
@@ -63,6 +68,8 @@ class Findings:
         self.prompts[_short(record.prompt.encode())] += 1
         self.files += [image.path for image in record.sources() if image.path is not None]
         self.sizes.update(sizes)
+        if self.tokens is not None:
+            self.account.count_tokens(*self.tokens(record.prompt))
         if isinstance(record, CaptionedImage):
             self._train(record.origin, record.sources())
 
@@ -94,14 +101,19 @@ class Findings:
 
 
 def gather(
-    records: Records, strategy: str, min_margin: float, sheet_size: int, resolution: int
+    records: Records,
+    strategy: str,
+    min_margin: float,
+    sheet_size: int,
+    resolution: int,
+    tokens: Tokens | None = None,
 ) -> tuple[Findings, PairCounts | None]:
     """Read all records once, and return what was found and the counts of their pairs, None for captioned images.
 
     An image that turns out to be broken is added to the bad rows of the records' report. ``resolution``: that the data
-    would be trained at.
+    would be trained at. ``tokens``: of the model that would be.
     """
-    findings = Findings(buckets=make_buckets(resolution, _CELL))
+    findings = Findings(buckets=make_buckets(resolution, _CELL), tokens=tokens)
     captioned = records.format == "captioned"
 
     def measured() -> Iterator[Record]:
@@ -237,7 +249,7 @@ def _two_lines(
     return "\n".join(lines)
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def _arguments(argv: Sequence[str] | None, knows_models: bool) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="flow-align inspect", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("path", help="a file, a folder or a hub data set")
     parser.add_argument("--format", choices=[*LAYOUTS, "captioned"], help="default: found from the columns")
@@ -247,6 +259,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--resolution", type=int, default=1024, help="pixels; buckets and cropping are those of training at it"
     )
+    if knows_models:
+        parser.add_argument("--model", help="count the tokens of the prompts, and those that this model would cut")
     parser.add_argument("--compare", metavar="SPLIT", help="count the prompts that another split has too")
     parser.add_argument("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="the data's names of columns")
     parser.add_argument("--image_folder", help="where relative paths of images start and all images lie")
@@ -279,13 +293,19 @@ def _open(arguments: argparse.Namespace, split: str) -> Records:
             raise error from None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command, and return its exit code: 0, or 1 if nothing could be read."""
-    arguments = _arguments(argv)
+def main(argv: Sequence[str] | None = None, tokens_of: Callable[[str], Tokens] | None = None) -> int:
+    """Run the command, and return its exit code: 0, or 1 if nothing could be read.
+
+    ``tokens_of``: how the model of a name reads prompts, for the option ``--model``; without it there is none.
+    """
+    arguments = _arguments(argv, tokens_of is not None)
     try:
+        tokens = tokens_of(arguments.model) if tokens_of is not None and arguments.model is not None else None
         records = _open(arguments, arguments.split)
         sheet_size = arguments.pairs if arguments.sheet else 0
-        findings, counts = gather(records, arguments.strategy, arguments.min_margin, sheet_size, arguments.resolution)
+        findings, counts = gather(
+            records, arguments.strategy, arguments.min_margin, sheet_size, arguments.resolution, tokens
+        )
         print(describe(records, findings, counts, arguments.strategy))
         if not findings.account.examples:
             print(f"cannot inspect {arguments.path}: no row of it can be used", file=sys.stderr)

@@ -21,6 +21,7 @@ from preference_data.image_folders import (
     metadata_in,
     not_used,
     rename_file_name_columns,
+    sidecars,
 )
 from preference_data.images import BadRow
 from preference_data.places import lies_in
@@ -315,11 +316,10 @@ def _data_files(folder: Path, fits: Callable[[list[str]], bool] | None = None) -
     if not folder.is_dir():
         return []
     skip, names = _WITHOUT_ROWS.union(METADATA_FILES), [file.name for file in folder.iterdir()]
-    images = {name.rpartition(".")[0] for name in names if name.lower().endswith(IMAGE_ENDINGS)}
+    beside, has_images_beside = sidecars(folder), any(name.lower().endswith(IMAGE_ENDINGS) for name in names)
     files = [folder / name for name in sorted(names) if ending_of(folder / name) and not name.startswith(".")]
-    beside = [f for f in files if f.suffix == ".json" and (f.name.partition(".")[0] in images or f.stem in images)]
     found = [file for file in files if file.name not in skip and file not in beside and file.is_file()]
-    return [file for file in found if fits is None or not images or _fitting(file, fits)]
+    return [file for file in found if fits is None or not has_images_beside or _fitting(file, fits)]
 
 
 def _one_kind(files: list[Path]) -> list[Path]:

@@ -15,7 +15,7 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 from trl import TrlParser
 
-import preference_data.inspect
+import align.cli.inspection
 import rewards.__main__
 import rewards.serve
 from align.__main__ import usage
@@ -106,7 +106,7 @@ def test_manual_builds_without_a_warning_and_reads_without_a_network(tmp_path):
 def test_every_option_named_is_one(capsys, defaults):
     known = {"config", *OTHERS, *(option for options in defaults.values() for option in options)}
     known |= words_of(launch_command_parser()) | words_of(get_args_parser())
-    known |= printed_options(capsys, rewards.serve.main) | printed_options(capsys, preference_data.inspect.main)
+    known |= printed_options(capsys, rewards.serve.main) | printed_options(capsys, align.cli.inspection.main)
     for command in ("list", "score"):
         known |= printed_options(capsys, rewards.__main__.main, command)
     for script in [*(ROOT / "tests/bench").glob("*.py"), ROOT / "align/tiny/build.py"]:

@@ -186,6 +186,20 @@ def test_metadata_may_lie_in_the_folder_of_the_split(folder):
     assert images_of(open_source(folder, "test")) == [("b.png", "test")]
 
 
+def test_json_beside_an_image_is_told_as_left_out(folder):
+    """Downloaders write one for each image; what they say of it was not read, without a word."""
+    save(folder, "a.png", "sub/b.png")
+    for name in ("a.json", "sub/b.png.json"):
+        (folder / name).write_text('{"caption": "unread"}')
+    source = open_source(folder, "train")
+    assert images_of(source) == [("a.png", None), ("sub/b.png", None)]
+    reason = "a .json beside an image is not read"
+    assert source.left_out({folder / "a.png", folder / "sub/b.png"}) == [
+        (reason, str(folder / "a.json")),
+        (reason, str(folder / "sub/b.png.json")),
+    ]
+
+
 def test_metadata_above_the_splits_gives_each_of_them_its_captions(folder, tmp_path):
     save(folder, "train/a.png", "train/sub/b.png", "train/c.png", "test/a.png")
     json_lines(folder / "train/sub/metadata.jsonl", [{"file_name": "b.png", "prompt": "its own"}])
