@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from align.maths.flow import guided_velocity
 from align.models.contract import NotFinite, Request
@@ -76,7 +76,7 @@ class QwenImage(TrainedTransformer):
 
     @classmethod
     def outline(cls, folder: Path, description: dict[str, Any]) -> "QwenImage":
-        """Build the model of a folder on the ``meta`` device, from its configs alone."""
+        """Build the model of a folder on the ``meta`` device, from its configs alone; with the tokenizer, if it is there."""
         transformer, vae = (folder / name for name in ("transformer", "vae"))
         with torch.device("meta"):
             modules = {
@@ -88,7 +88,10 @@ class QwenImage(TrainedTransformer):
                     AutoConfig.from_pretrained(folder / "text_encoder", trust_remote_code=False)
                 ),
             }
-        return cls(QwenImagePipeline(FlowMatchEulerDiscreteScheduler(), tokenizer=None, **modules), False, description)
+        words = folder / "tokenizer"
+        tokenizer = Qwen2Tokenizer.from_pretrained(words) if words.is_dir() else None
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        return cls(QwenImagePipeline(scheduler, tokenizer=tokenizer, **modules), False, description)
 
     def timed_modules(self) -> dict[str, list[nn.Module]]:
         vae = [self.pipeline.vae.encoder, self.pipeline.vae.decoder]
