@@ -169,7 +169,7 @@ def test_a_window_that_does_not_fit_is_refused(overrides, message):
     [
         ({"epsilon": 0}, "epsilon must be positive, found 0"),
         ({"epsilon_high": -1e-4}, "epsilon_high must be positive"),
-        ({"noise_level": 0.0}, "noise_level must be positive"),
+        ({"noise_level": 0.0}, r"noise_level must lie in \(0, 10\]"),
         ({"noise_level": 1.5, "sde_type": "cps"}, r"noise_level 1.5 is out of range for cps"),
         ({"consistency_tolerance": 0}, "consistency_tolerance must be positive"),
         ({"advantage_clip": 0}, "advantage_clip must be positive"),

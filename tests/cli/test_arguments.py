@@ -450,7 +450,7 @@ def test_the_command_line_below_works_but_for_its_one_mistake():
         ({"sde_window_size": 5}, ["sde_window_size 5 must lie within [1, 4]"]),
         ({"sde_window_range": [3, 5]}, ["sde_window_range [3, 5] must lie within [0, 4]"]),
         ({"sde_window_range": [2, 4], "sde_type": "cps"}, ["within [0, 3]", "the last of cps having no noise"]),
-        ({"noise_level": 0}, ["noise_level must be positive"]),
+        ({"noise_level": 0}, ["noise_level must lie in (0, 10]"]),
         ({"resume_from_checkpoint": "elsewhere/checkpoint-3"}, ["resume from: elsewhere/checkpoint-3"]),
     ],
 )
