@@ -192,6 +192,8 @@ class FlowConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_settings(self)
+        for name in ("adam_beta1", "adam_beta2"):
+            setattr(self, name, float(getattr(self, name)))  # torch takes no 0 beside a 0.9
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):  # type: ignore[has-type]
             self.metric_for_best_model = (
                 "eval_reward"  # transformers' would be the loss, which online trainers have not

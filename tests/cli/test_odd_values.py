@@ -170,6 +170,7 @@ def test_a_value_that_cannot_be_is_named(door, changed, message):
         ("sft", {"lr_scheduler_kwargs": '{"num_cycles": 0.5}', "lr_scheduler_type": "cosine"}),
         ("sft", {"attention_backend": "_native_math", "neftune_noise_alpha": 0}),
         ("dpo", {"accelerator_config": {"even_batches": False}, "seed": 2**32 - 1}),
+        ("nft", {"adam_beta2": 0, "adam_beta1": 0.5}),
     ],
 )
 def test_a_value_that_can_be_is_taken(door, changed):
