@@ -242,9 +242,10 @@ class FlowConfig(TrainingArguments):
         if wanted not in ("reward", "eval_reward") or rewards:
             return
         if not data:
+            asked = "load_best_model_at_end" if self.load_best_model_at_end else "save_strategy best"
             raise ValueError(
-                "the best checkpoint is chosen by eval_reward and no held-out samples are scored: give held-out prompts and "
-                "rewards, or metric_for_best_model"
+                f"{asked}: the best checkpoint is chosen by eval_reward and no held-out samples are scored: give held-out "
+                "prompts and rewards, or metric_for_best_model"
             )
         self.metric_for_best_model, self.greater_is_better = "eval_loss", False
         if self.process_index == 0:
