@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from preference_data.buckets import Bucket, cropped_share, fit, make_buckets, nearest_bucket
+from preference_data.buckets import Bucket, cropped_share, enlargement, fit, make_buckets, nearest_bucket
 
 
 def test_buckets_have_the_area_asked_for_and_sides_that_divide():
@@ -55,6 +55,12 @@ def test_a_circle_stays_a_circle(size):
     wide, high = np.flatnonzero(seen.any(0)), np.flatnonzero(seen.any(1))
     assert abs(len(wide) - len(high)) <= 1
     assert abs((wide[0] + wide[-1]) / 2 - (bucket.width - 1) / 2) <= 1
+
+
+def test_an_image_is_enlarged_until_its_shorter_side_covers_the_bucket():
+    """By the longer side the account would call an image large enough whose pixels are stretched to twice their size."""
+    assert enlargement(200, 50, Bucket(100, 100)) == 2 == enlargement(50, 200, Bucket(100, 100))
+    assert enlargement(400, 300, Bucket(100, 100)) == pytest.approx(1 / 3)
 
 
 def test_cropping_is_what_stands_over():
